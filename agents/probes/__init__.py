@@ -1,0 +1,1 @@
+"""Health readings of a host: one module per source."""

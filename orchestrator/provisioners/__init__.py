@@ -1,0 +1,1 @@
+"""Where nodes come from: static hosts, local processes, Kubernetes pods."""

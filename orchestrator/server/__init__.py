@@ -1,0 +1,1 @@
+"""The HTTP API, the agents' connections and authentication; no decision is made here."""

@@ -1,0 +1,1 @@
+"""A virtual-time host for the same core: failure models, traces, policies."""
