@@ -81,7 +81,7 @@ def unpack(text: str | bytes, name: str, kind: type[T]) -> T:
         raise InvalidInput(f"message is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("v") != VERSION:
         found = data.get("v") if isinstance(data, dict) else None
-        raise InvalidInput(f"message has version {found!r} but this side speaks {VERSION}: run one regrow on both sides")
+        raise InvalidInput(f"message has version {found!r} but this side speaks {VERSION}: run one regrow everywhere")
     if name not in data:
         raise InvalidInput(f"message lacks {name!r}")
     unpacked: T = from_data(data[name], kind)

@@ -1,13 +1,13 @@
 """The error tree. Every message is one sentence that says what happened, to what, and what to do.
 
-    RegrowError                 exit code 1
-    ├── InvalidInput            exit code 2: a job file, flag, request or environment is wrong
-    ├── CheckpointError         exit code 3: a checkpoint cannot be read, written or trusted
-    │   └── CorruptCheckpoint   its bytes are not what its manifest says
-    ├── Conflict                exit code 4: somebody else holds what was asked for (a journal, a job name)
-    ├── Refused                 exit code 5: the controller refused (wrong token, older generation)
-    ├── Unreachable             exit code 6: the controller did not answer
-    └── JobFailed               exit code 7: the job ended as FAILED
+RegrowError                 exit code 1
+├── InvalidInput            exit code 2: a job file, flag, request or environment is wrong
+├── CheckpointError         exit code 3: a checkpoint cannot be read, written or trusted
+│   └── CorruptCheckpoint   its bytes are not what its manifest says
+├── Conflict                exit code 4: somebody else holds what was asked for (a journal, a job name)
+├── Refused                 exit code 5: the controller refused (wrong token, older generation)
+├── Unreachable             exit code 6: the controller did not answer
+└── JobFailed               exit code 7: the job ended as FAILED
 """
 
 from __future__ import annotations
