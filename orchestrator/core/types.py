@@ -168,6 +168,7 @@ class WorkerState(enum.StrEnum):
     """What the agent sees of one worker process."""
 
     STARTING = "starting"  # forked; the training script has not reported yet
+    RESTORING = "restoring"  # the training script has said hello and is building and restoring its state
     READY = "ready"  # restored, about to take its first step
     RUNNING = "running"  # has completed a step in this generation
     STOPPED = "stopped"  # alive, but stopped by a signal (SIGSTOP) or in uninterruptible sleep
@@ -282,6 +283,8 @@ class NodeReport:
     devices: int
     device_kind: str = "cpu"
     device_memory_bytes: int = 0
+    warm: bool = True
+    """False while the process that workers are forked from is still importing: a launch now would start late."""
     launch: LaunchReport | None = None
     probes: Probes = field(default_factory=Probes)
 

@@ -1,0 +1,56 @@
+"""Capacity: which nodes may the job use now, and since when has that been so?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.core.spec import JobSpec
+from orchestrator.core.types import NodeCapacity
+
+FLAP_WINDOW_S = 3600.0
+"""Losses longer ago than this no longer count against a node."""
+MAX_HOLD_S = 600.0
+"""Longest time for which a flapping node is held back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that is HEALTHY and not drained."""
+
+    node: str
+    devices: int
+    memory_bytes: int
+    kind: str
+    joined_s: float
+    """When it last became usable."""
+    losses: tuple[float, ...]
+    warm: bool
+
+
+def hold_s(candidate: Candidate, settle_s: float, now_s: float) -> float:
+    """Seconds for which a returned node is held back: the settle window, doubled with every recent loss."""
+    recent = sum(1 for lost_s in candidate.losses if now_s - lost_s < FLAP_WINDOW_S)
+    return 0.0 if recent == 0 else min(MAX_HOLD_S, settle_s * 2.0 ** (recent - 1))
+
+
+def settled(candidate: Candidate, settle_s: float, now_s: float) -> bool:
+    """May a running job grow onto this node?"""
+    steady_s = now_s - candidate.joined_s
+    return candidate.warm and steady_s >= max(settle_s, hold_s(candidate, settle_s, now_s))
+
+
+def choose(candidates: list[Candidate], spec: JobSpec, now_s: float, keep: tuple[str, ...]) -> tuple[NodeCapacity, ...]:
+    """The nodes to plan for when nothing runs: those not held back, or all when too few are left otherwise.
+
+    At most `spec.max_nodes`: those of the last assignment (`keep`) first, then by name.
+    """
+    steady = [one for one in candidates if now_s - one.joined_s >= hold_s(one, spec.recovery.settle_s, now_s)]
+    pool = steady if len(steady) >= spec.min_nodes else candidates
+    ranked = sorted(pool, key=lambda one: (one.node not in keep, one.node))[: spec.max_nodes]
+    return tuple(to_capacity(one, spec) for one in sorted(ranked, key=lambda one: one.node))
+
+
+def to_capacity(candidate: Candidate, spec: JobSpec) -> NodeCapacity:
+    """What the planner is told of the node: at most `spec.devices_per_node` of its devices."""
+    wanted = candidate.devices if spec.devices_per_node is None else min(candidate.devices, spec.devices_per_node)
+    return NodeCapacity(candidate.node, wanted, candidate.memory_bytes, spec.device_kind or candidate.kind)

@@ -1,0 +1,125 @@
+"""What the job is told. Every event carries the time at which the controller learnt of it (Unix seconds).
+
+Observations (reports, disconnects, ticks) are never stored: after a restart the world is observed anew. Results of
+commands name the request they answer, so that an answer nobody waits for any more is ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.core.types import Assignment, NodeReport, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReported:
+    """A heartbeat arrived."""
+
+    time_s: float
+    report: NodeReport
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDisconnected:
+    """The connection of that start of the agent was closed."""
+
+    time_s: float
+    node: str
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Nothing but time has passed."""
+
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMade:
+    """Answer to `MakePlan`."""
+
+    time_s: float
+    request: int
+    plan: Plan
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class PlanImpossible:
+    """Answer to `MakePlan`: no legal plan; `reason` says the smallest change that would make one."""
+
+    time_s: float
+    request: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPrepared:
+    """Answer to `PrepareCheckpoint`: every byte the plan needs is there and is what its manifest says."""
+
+    time_s: float
+    request: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointUnusable:
+    """Answer to `PrepareCheckpoint`: corrupt or incomplete."""
+
+    time_s: float
+    request: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCommitted:
+    """Answer to `CommitCheckpoint`: the manifest is durable."""
+
+    time_s: float
+    generation: int
+    step: int
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitFailed:
+    """Answer to `CommitCheckpoint`."""
+
+    time_s: float
+    generation: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainOrdered:
+    """A user wants (or no longer wants) a node to be left out."""
+
+    time_s: float
+    node: str
+    drained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StopOrdered:
+    """A user ends the job: save, then stop."""
+
+    time_s: float
+
+
+Event = (
+    NodeReported
+    | NodeDisconnected
+    | Tick
+    | PlanMade
+    | PlanImpossible
+    | CheckpointPrepared
+    | CheckpointUnusable
+    | CheckpointCommitted
+    | CommitFailed
+    | DrainOrdered
+    | StopOrdered
+)
