@@ -21,6 +21,8 @@ class Signals:
     """Seconds since its last heartbeat (or since the controller started)."""
     peers_failed: bool
     """Other nodes of its live generation report failed workers: something in that generation broke."""
+    starting: bool = False
+    """Its generation has not completed a step: little is lost by giving the node up early."""
     lost_reason: str | None = None
     """Why it was given up earlier; None = it was not, or has registered again since."""
 
@@ -36,6 +38,8 @@ def verdict(signals: Signals, recovery: RecoverySpec) -> Verdict:
         return Verdict(Health.LOST, "its connection closed and its generation's workers failed elsewhere")
     if signals.peers_failed and silence_s >= early_loss_s(recovery):
         return Verdict(Health.LOST, f"no heartbeat for {silence_s:.1f} s and its generation's workers failed elsewhere")
+    if signals.starting and signals.connected is False and silence_s >= early_loss_s(recovery):
+        return Verdict(Health.LOST, f"its connection closed while its generation was starting, {silence_s:.1f} s ago")
     if signals.connected is False:
         return Verdict(Health.SUSPECT, f"its connection closed {silence_s:.1f} s after its last heartbeat")
     if silence_s >= SILENT_HEARTBEATS * recovery.heartbeat_s:

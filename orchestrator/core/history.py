@@ -203,5 +203,3 @@ def replay(facts: list[Fact]) -> History:
     for fact in facts:
         history.apply(fact)
     return history
-
-

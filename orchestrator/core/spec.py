@@ -23,14 +23,18 @@ class ModelSpec:
     vocab: int
     seq_length: int
     tied_embeddings: bool = False
+    gated_ffn: bool = True
+    """Three matrices in the feed-forward block (SwiGLU) instead of two."""
 
 
 @dataclass(frozen=True, slots=True)
 class AxisBounds:
-    """Sizes that one mesh axis may take."""
+    """Sizes that one mesh axis may take: `min <= prefer <= max`."""
 
     min: int = 1
     max: int = 1_000_000
+    prefer: int | None = None
+    """Soft target: taken wherever it is legal and idles at most a tenth of the usable devices, else relaxed."""
 
 
 class FailureClass(enum.StrEnum):
