@@ -28,9 +28,9 @@ class Candidate:
 
 
 def hold_s(candidate: Candidate, settle_s: float, now_s: float) -> float:
-    """Seconds for which a returned node is held back: the settle window, doubled with every recent loss."""
+    """Seconds for which a returned node is held back: from its second recent loss on, doubled with each."""
     recent = sum(1 for lost_s in candidate.losses if now_s - lost_s < FLAP_WINDOW_S)
-    return 0.0 if recent == 0 else min(MAX_HOLD_S, settle_s * 2.0 ** (recent - 1))
+    return 0.0 if recent < 2 else min(MAX_HOLD_S, settle_s * 2.0 ** min(recent - 1, 20))
 
 
 def settled(candidate: Candidate, settle_s: float, now_s: float) -> bool:

@@ -19,6 +19,8 @@ class JobAccepted:
 
     time_s: float
     spec: JobSpec
+    after_generation: int = 0
+    """Earlier runs with the same agents or checkpoints used the numbers up to this one: count on from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +123,12 @@ class IncidentOpened:
 
 @dataclass(frozen=True, slots=True)
 class IncidentExtended:
-    """Something more went wrong (or became known) before the first new step."""
+    """Something more went wrong before the first new step, or (`instead`) the cause became known better."""
 
     time_s: float
     number: int
     cause: str
+    instead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,8 @@ class History:
 
     spec: JobSpec
     accepted_s: float = 0.0
+    after_generation: int = 0
+    """Numbers up to this one are taken by earlier runs."""
     generation: Generation | None = None
     """Newest generation, live or not."""
     live: bool = False
@@ -88,7 +90,10 @@ class History:
     """Path -> why the checkpoint is unusable."""
     failures: list[Failure] = field(default_factory=list)
     fruitless: int = 0
-    """Consecutive generations that ended (not for want of a node) without a new step or a new checkpoint."""
+    """Consecutive generations that ended, not for want of a node, before their first step or at the very step at which
+    the one before had ended, and without a new checkpoint."""
+    failed_step: int = -1
+    """Step at which the last generation failed that was not ended by the loss of a node."""
     committed_at_start: int = -1
     lost: dict[str, str] = field(default_factory=dict)
     """Nodes given up and not yet back -> reason."""
@@ -101,8 +106,8 @@ class History:
 
     @property
     def number(self) -> int:
-        """Number of the newest generation; 0 before the first."""
-        return self.generation.number if self.generation else 0
+        """Number of the newest generation; before the first, that of the last earlier run (0 if there was none)."""
+        return self.generation.number if self.generation else self.after_generation
 
     @property
     def incident(self) -> Incident | None:
@@ -123,7 +128,7 @@ class History:
         """Fold one fact in. Facts are trusted: they were decided by `Job` and come from its journal."""
         match fact:
             case JobAccepted():
-                self.spec, self.accepted_s = fact.spec, fact.time_s
+                self.spec, self.accepted_s, self.after_generation = fact.spec, fact.time_s, fact.after_generation
             case GenerationStarted():
                 self._start(fact)
             case GenerationRan():
@@ -161,10 +166,13 @@ class History:
     def _end(self, fact: GenerationEnded) -> None:
         self.live, self.stopping = False, None
         committed = -1 if self.committed_step is None else self.committed_step
-        if fact.step > self.max_step or committed > self.committed_at_start or fact.failure is None:
+        started = self.generation.checkpoint_step or 0 if self.generation else 0
+        stuck = fact.step <= started or fact.step == self.failed_step
+        if fact.failure is None or committed > self.committed_at_start:
             self.fruitless = 0
         elif fact.failure is not FailureClass.HARDWARE:
-            self.fruitless += 1
+            self.fruitless = self.fruitless + 1 if stuck else 0
+            self.failed_step = fact.step
         self.max_step = max(self.max_step, fact.step)
         if fact.failure is not None:
             self.failures.append(Failure(fact.time_s, fact.failure, fact.signature))
@@ -188,7 +196,7 @@ class History:
         incident = self.incidents[-1]
         match fact:
             case IncidentExtended():
-                incident.cause = f"{incident.cause}; then {fact.cause}"
+                incident.cause = fact.cause if fact.instead else f"{incident.cause}; then {fact.cause}"
             case StageBegan():
                 incident.marks.append((fact.time_s, fact.stage))
             case IncidentClosed():

@@ -60,7 +60,6 @@ from orchestrator.core.saves import Saves
 from orchestrator.core.spec import FailureClass
 from orchestrator.core.status import FailureStatus, Health, Phase, Verdict
 from orchestrator.core.types import (
-    AssignedNode,
     Assignment,
     Directive,
     Generation,
@@ -91,6 +90,12 @@ class Job:
         """Highest step that the newest generation was seen to reach."""
         self.loss: tuple[int, float] | None = None
         """Newest (step, loss)."""
+        self._assigned: frozenset[str] = (
+            frozenset(history.generation.assignment.names) if history.generation else frozenset()
+        )
+        """Nodes of the newest generation, as a set."""
+        self._failed: frozenset[str] = frozenset()
+        """Nodes of the live generation whose workers have failed."""
         self._commands: list[Command] = []
         self._requests = 0
         self._planning: MakePlan | None = None
@@ -137,12 +142,13 @@ class Job:
 
     def verdict(self, node: Node) -> Verdict:
         """The health of a node now."""
+        assigned = self.history.live and node.name in self._assigned
         return verdict(
             Signals(
                 connected=node.connected,
                 silence_s=self.now_s - node.heard_s,
-                peers_failed=self._peers_failed(node),
-                starting=self.phase is Phase.STARTING and self._part(node.name) is not None,
+                peers_failed=assigned and bool(self._failed - {node.name}),
+                starting=assigned and self.phase is Phase.STARTING,
                 lost_reason=self.history.lost.get(node.name),
             ),
             self.history.spec.recovery,
@@ -177,8 +183,7 @@ class Job:
         """Take in one event; returns what to do, `Record`s first in force (see `commands`)."""
         self.now_s = max(self.now_s, event.time_s)
         self._commands = []
-        self._observe(event)
-        if not self.history.ended:
+        if self._observe(event) and not self.history.ended:
             self._judge_nodes()
             self._commit()
             for _ in range(10):
@@ -188,10 +193,14 @@ class Job:
                     break
         return self._commands
 
-    def _observe(self, event: Event) -> None:
+    def _observe(self, event: Event) -> bool:
+        """Take in what the event tells; False when it can wait for the next tick.
+
+        With a thousand nodes, looking at all of them for each of their heartbeats would be quadratic.
+        """
         match event:
             case NodeReported():
-                self._observe_report(event.report)
+                return self._observe_report(event.report)
             case NodeDisconnected():
                 self.fleet.disconnect(event.node, event.instance, self.now_s)
             case PlanMade() | PlanImpossible():
@@ -208,10 +217,13 @@ class Job:
                     self._record(StopRequested(self.now_s))
             case Tick():
                 pass
+        return True
 
-    def _observe_report(self, report: NodeReport) -> None:
+    def _observe_report(self, report: NodeReport) -> bool:
         history = self.history
-        assigned = history.live and history.generation and history.generation.assignment.of(report.node)
+        known = self.fleet.nodes.get(report.node)
+        before = known.report if known else None
+        assigned = history.live and report.node in self._assigned
         store = self._store() if history.generation else None
         self.fleet.observe(report, self.now_s, history.number if assigned else None)
         if report.node in history.lost:
@@ -219,16 +231,19 @@ class Job:
             self.fleet.nodes[report.node].joined_s = self.now_s
         launch = report.launch
         if not history.generation or launch is None or launch.generation != history.number:
-            return
+            return True
         self.saves.add(launch.saves, -1 if history.committed_step is None else history.committed_step)
-        if launch.workers:
-            self.max_step = max(self.max_step, *(worker.step for worker in launch.workers))
+        steps = [worker.step for worker in launch.workers] + [error.step for error in launch.errors]
+        if steps:
+            self.max_step = max(self.max_step, *steps)
             self.clock.observe(self.max_step, self.now_s)
             losses = [worker.loss for worker in launch.workers if worker.loss is not None]
             if losses:
                 self.loss = (self.max_step, losses[-1])
         if self._store() != store:
             self._push()
+        ordinary = self.phase is Phase.RUNNING and launch.state is LaunchState.RUNNING and not launch.saves
+        return not ordinary or before is None or before.instance != report.instance
 
     def _observe_plan(self, event: PlanMade | PlanImpossible) -> None:
         request = self._planning
@@ -276,22 +291,20 @@ class Job:
     # ------------------------------------------------------------------ verdicts and saves
 
     def _judge_nodes(self) -> None:
+        self._failed = self._failed_nodes()
         for node in self.fleet.nodes.values():
             judged = self.verdict(node)
             if judged.health is Health.LOST and node.name not in self.history.lost:
-                if node.report is None and not self._part(node.name):
+                if node.report is None and node.name not in self._assigned:
                     continue
                 self._record(NodeLost(self.now_s, node.name, judged.reason))
 
-    def _peers_failed(self, node: Node) -> bool:
-        history = self.history
-        if not history.live or not history.generation or history.generation.assignment.of(node.name) is None:
-            return False
-        return any(
-            launch is not None and launch.state is LaunchState.FAILED
-            for peer, launch in self._launches()
-            if peer is not node
-        )
+    def _failed_nodes(self) -> frozenset[str]:
+        """Nodes of the live generation whose workers have failed."""
+        if not self.history.live:
+            return frozenset()
+        launches = self._launches()
+        return frozenset(node.name for node, launch in launches if launch and launch.state is LaunchState.FAILED)
 
     def _commit(self) -> None:
         history = self.history
@@ -318,6 +331,9 @@ class Job:
 
     def _wait(self) -> None:
         history, spec = self.history, self.history.spec
+        if self.saves.committing:
+            self.reason = f"committing step {max(self.saves.committing)}"
+            return
         if history.stop_requested:
             self._finish(Phase.FAILED, f"stopped by order; the newest checkpoint is of step {history.committed_step}")
             return
@@ -325,16 +341,14 @@ class Job:
         if self._chosen is not None:
             self._take_plan(self._chosen)
             return
-        if self.saves.committing:
-            self.reason = f"committing step {max(self.saves.committing)}"
-        elif (reason := self._why_not_plan(nodes)) is not None:
+        if (reason := self._why_not_plan(nodes)) is not None:
             self.reason = reason
             self._planning = None
         elif self._no_plan is not None and self._no_plan[0] == nodes:
-            self.reason = f"no legal plan for {len(nodes)} nodes: {self._no_plan[1]}"
+            self.reason = f"no legal plan for {_nodes(len(nodes))}: {self._no_plan[1]}"
         elif self._planning is None or self._planning.nodes != nodes:
             self._ask_for_plan(nodes, growing=False)
-            self.reason = f"planning for {len(nodes)} nodes"
+            self.reason = f"planning for {_nodes(len(nodes))}"
 
     def _why_not_plan(self, nodes: tuple[NodeCapacity, ...]) -> str | None:
         history, spec = self.history, self.history.spec
@@ -400,6 +414,7 @@ class Job:
         self._record(GenerationStarted(self.now_s, generation))
         self._emit(FenceCheckpoints(number))
         self.saves.begin(number)
+        self._assigned = frozenset(assignment.names)
         self.clock = StepClock()
         self.max_step = generation.checkpoint_step or 0
         self._declined = None
@@ -407,7 +422,7 @@ class Job:
             self.fleet.nodes[part.node].restarted = False
         self._stage("launch")
         self._push()
-        self.reason = f"launching {plan.mesh} on {len(assignment.nodes)} nodes: {plan.reason}"
+        self.reason = f"launching {plan.mesh} on {_nodes(len(assignment.nodes))}: {plan.reason}"
 
     # ------------------------------------------------------------------ a live generation
 
@@ -489,6 +504,7 @@ class Job:
         assert history.generation is not None
         if history.stop_requested:
             self._record(GenerationStopping(self.now_s, history.number, "stopped by order", planned=True))
+            self.reason = "saving before the job is stopped by order"
             self._push()
             return
         current = history.generation.assignment.names
@@ -561,7 +577,7 @@ class Job:
     def _end(self, stopping: GenerationStopping, cause: RootCause | None) -> None:
         history = self.history
         if cause is not None and cause.text not in stopping.cause:
-            self._extend(cause.text)
+            self._extend(cause.text, instead=stopping.failure is FailureClass.UNKNOWN)
         self._record(
             GenerationEnded(
                 self.now_s,
@@ -647,10 +663,6 @@ class Job:
             self.fleet.expect(part.node, self.now_s)
         return self.fleet.launches(iter(generation.assignment), generation.number)
 
-    def _part(self, node: str) -> AssignedNode | None:
-        history = self.history
-        return history.generation.assignment.of(node) if history.live and history.generation else None
-
     def _last_names(self) -> tuple[str, ...]:
         return self.history.generation.assignment.names if self.history.generation else ()
 
@@ -665,10 +677,10 @@ class Job:
         self._record(IncidentOpened(since_s, number, cause, detect_s))
         self._record(StageBegan(since_s, number, "decide"))
 
-    def _extend(self, cause: str) -> None:
+    def _extend(self, cause: str, *, instead: bool = False) -> None:
         incident = self.history.incident
         if incident is not None and cause not in incident.cause:
-            self._record(IncidentExtended(self.now_s, incident.number, cause))
+            self._record(IncidentExtended(self.now_s, incident.number, cause, instead))
 
     def _stage(self, stage: str, *, once: bool = False) -> None:
         incident = self.history.incident
@@ -687,3 +699,7 @@ class Job:
         """Every node may have to hear of the change; later pushes of the same answer replace earlier ones."""
         self._commands = [command for command in self._commands if not isinstance(command, Push)]
         self._emit(Push(tuple(sorted(self.fleet.nodes))))
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"

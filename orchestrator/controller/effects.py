@@ -1,0 +1,100 @@
+"""What commands do to the world: plans are made and checkpoints touched here, in threads, and answered with events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from orchestrator.checkpoint import store
+from orchestrator.checkpoint.verify import verify
+from orchestrator.core.commands import CommitCheckpoint, FenceCheckpoints, MakePlan, PrepareCheckpoint, PruneCheckpoints
+from orchestrator.core.errors import RegrowError
+from orchestrator.core.events import (
+    CheckpointCommitted,
+    CheckpointPrepared,
+    CheckpointUnusable,
+    CommitFailed,
+    Event,
+    PlanImpossible,
+    PlanMade,
+)
+from orchestrator.core.facts import CheckpointRecorded
+from orchestrator.core.spec import JobSpec
+from orchestrator.planner import Infeasible, plan
+
+
+@dataclass(slots=True)
+class Effects:
+    """Runs the commands of one job. `clock` gives Unix seconds.
+
+    Writers of the store (fence, commit, prune) run one after the other, in the order in which they were ordered.
+    """
+
+    spec: JobSpec
+    clock: Callable[[], float] = time.time
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def run(
+        self, command: MakePlan | PrepareCheckpoint | CommitCheckpoint | FenceCheckpoints | PruneCheckpoints
+    ) -> Event | None:
+        """Carry out one command; the answer is an event, or None where the job expects none.
+
+        Whatever goes wrong becomes the command's negative answer: an effect must never end the controller.
+        """
+        match command:
+            case MakePlan():
+                return await asyncio.to_thread(self._plan, command)
+            case PrepareCheckpoint():
+                return await asyncio.to_thread(self._prepare, command)
+            case CommitCheckpoint():
+                async with self._writing:
+                    return await asyncio.to_thread(self._commit, command)
+            case FenceCheckpoints() | PruneCheckpoints():
+                async with self._writing:
+                    await asyncio.to_thread(self._tidy, command)
+                return None
+
+    def _plan(self, command: MakePlan) -> Event:
+        try:
+            planned = plan(self.spec, command.nodes, command.previous)
+        except Exception as error:  # a planner bug must leave the job WAITING with a reason, not end the controller
+            return PlanImpossible(self.clock(), command.request, f"the planner failed: {error!r}")
+        if isinstance(planned, Infeasible):
+            return PlanImpossible(self.clock(), command.request, planned.reason)
+        return PlanMade(self.clock(), command.request, planned.plan, planned.assignment)
+
+    def _prepare(self, command: PrepareCheckpoint) -> Event:
+        try:
+            verify(self.spec.checkpoint.uri, command.path)
+        except (RegrowError, OSError) as error:
+            return CheckpointUnusable(self.clock(), command.request, command.step, str(error))
+        return CheckpointPrepared(self.clock(), command.request, command.step)
+
+    def _commit(self, command: CommitCheckpoint) -> Event:
+        try:
+            done = store.commit(
+                self.spec.checkpoint.uri,
+                generation=command.generation,
+                step=command.step,
+                world_size=command.world_size,
+                parts=command.parts,
+            )
+        except (RegrowError, OSError) as error:
+            return CommitFailed(self.clock(), command.generation, command.step, str(error))
+        return CheckpointCommitted(self.clock(), command.generation, command.step, done.path, done.size_bytes)
+
+    def _tidy(self, command: FenceCheckpoints | PruneCheckpoints) -> None:
+        uri = self.spec.checkpoint.uri
+        if isinstance(command, FenceCheckpoints):
+            store.fence(uri, command.generation)
+        else:
+            store.prune(uri, command.keep_last, command.protect, command.live_generation)
+
+    def found(self, time_s: float) -> list[CheckpointRecorded]:
+        """Checkpoints that are committed in the store, oldest first; raises `CheckpointError` when it is unreadable."""
+        return [
+            CheckpointRecorded(time_s, one.generation, one.step, one.path, one.size_bytes)
+            for one in reversed(store.committed(self.spec.checkpoint.uri))
+        ]
