@@ -5,8 +5,6 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.scenarios.model import Cluster
-from tests.scenarios.test_stories import spec
 
 from orchestrator.core import events as e
 from orchestrator.core import facts as f
@@ -19,6 +17,8 @@ from orchestrator.core.types import (
     WorkerReport,
     WorkerState,
 )
+from tests.scenarios.model import Cluster
+from tests.scenarios.test_stories import spec
 
 NAMES = [f"node-{i}" for i in range(4)]
 names = st.sampled_from(NAMES)

@@ -234,6 +234,10 @@ class Cluster:
                         else e.CheckpointPrepared(self.now_s, command.request, command.step)
                     )
                 case c.CommitCheckpoint() if self.commits:
+                    whole = {(part.generation, part.step) for part in command.parts}
+                    assert whole == {(command.generation, command.step)}, "parts of another save in a commit"
+                    assert [part.rank for part in command.parts] == list(range(command.world_size))
+                    assert command.generation == self.history.number, "an older generation commits"
                     path = f"step-{command.step}-gen-{command.generation}"
                     answers.append(e.CheckpointCommitted(self.now_s, command.generation, command.step, path, 100))
                 case c.Push():

@@ -9,12 +9,12 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.scenarios.model import Cluster
 
 from orchestrator.core import events as e
 from orchestrator.core.history import replay
 from orchestrator.core.spec import Budget, CheckpointSpec, FailureClass, JobSpec, RecoverySpec, default_budgets
 from orchestrator.core.types import Entrypoint
+from tests.scenarios.model import Cluster
 
 STORIES = sorted((Path(__file__).parent / "stories").glob("*.txt"))
 

@@ -1,0 +1,36 @@
+# Few words; each works on a fresh clone. Everything is installed into .venv, at the versions of constraints.txt.
+.PHONY: setup demo test test-faults lint bench clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "regrow needs Python 3.11 or newer; set PYTHON=python3.x")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[trainer,dev]'
+	@touch $(STAMP)
+
+demo: setup  ## lose a node, get it back, and compare with a run that was left alone
+	$(BIN)/regrow run deploy/examples/gpt/job.yaml --nodes 4 --fail "node-2@step=40" --return "node-2@step=80" --compare
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-faults: setup  ## every fault test ten times in a row
+	$(BIN)/python -m pytest tests/integration/local --count 10
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf .venv runs build *.egg-info
