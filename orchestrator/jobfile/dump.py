@@ -1,0 +1,67 @@
+"""`JobSpec` -> job file, for handing a resolved job on: `parse(dump(spec), base) == spec` for any `base`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+from pydantic.alias_generators import to_camel
+
+from orchestrator.core.spec import JobSpec, RecoverySpec
+
+
+def dump(spec: JobSpec) -> str:
+    """YAML with every value spelled out and every path absolute."""
+    body: dict[str, Any] = {
+        "entrypoint": {
+            "script": spec.entrypoint.script,
+            "args": list(spec.entrypoint.args),
+            "workingDirectory": spec.entrypoint.working_directory,
+        },
+        "nodes": {"min": spec.min_nodes, "max": spec.max_nodes, "devices": spec.devices_per_node or "auto"},
+        "batch": {"global": spec.global_batch, "micro": spec.micro_batch or "auto"},
+        "parallelism": {axis: _given(asdict(bounds)) for axis, bounds in spec.parallelism.items()},
+        "checkpoint": {
+            "uri": spec.checkpoint.uri,
+            "interval": _interval(spec.checkpoint.every_s, spec.checkpoint.every_steps),
+            "keep": {"last": spec.checkpoint.keep_last},
+        },
+        "recovery": _recovery(spec.recovery),
+        "hardware": {"device": spec.device_kind or "auto"},
+        "seed": spec.seed,
+        "environment": dict(spec.environment),
+    }
+    if spec.model is not None:
+        body["model"] = {to_camel(name): value for name, value in asdict(spec.model).items()}
+    whole = {"apiVersion": "regrow.dev/v1alpha1", "kind": "TrainingJob", "metadata": {"name": spec.name}, "spec": body}
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
+
+
+def _given(mapping: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if value is not None}
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
+
+
+def _interval(every_s: float | None, every_steps: int | None) -> str:
+    if every_steps is not None:
+        return f"{every_steps} steps"
+    return "auto" if every_s is None else _duration(every_s)
+
+
+def _recovery(recovery: RecoverySpec) -> dict[str, Any]:
+    return {
+        "heartbeat": _duration(recovery.heartbeat_s),
+        "lostAfter": _duration(recovery.lost_after_s),
+        "hangAfter": "auto" if recovery.hang_after_s is None else _duration(recovery.hang_after_s),
+        "startWithin": _duration(recovery.start_within_s),
+        "settle": _duration(recovery.settle_s),
+        "waitForReplacement": _duration(recovery.wait_for_replacement_s),
+        "budgets": {
+            kind.value: {"failures": budget.failures, "window": _duration(budget.window_s)}
+            for kind, budget in recovery.budgets.items()
+        },
+    }

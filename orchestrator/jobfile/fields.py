@@ -1,0 +1,113 @@
+"""Kinds of value in a job file. Each refuses in the words "must be ..., not ..." that `problems` completes."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*(ms|s|m|h|d)")
+_STEPS = re.compile(r"(\d{1,12})\s*steps?")
+MAX_SIZE = 1_000_000
+"""Largest axis, node or layer count: far beyond any machine, near enough to keep arithmetic small."""
+
+
+def refuse(expected: str, value: Any) -> PydanticCustomError:
+    """The error of a value that should have been something else."""
+    return PydanticCustomError(
+        "misfit", "must be {expected}, not {found}", {"expected": expected, "found": show(value)}
+    )
+
+
+def show(value: Any) -> str:
+    """A value as a person wrote it, shortened."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if value is None:
+        return "empty"
+    shown = str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def duration_s(value: Any) -> float:
+    """Seconds of a duration such as `500ms`, `10s`, `2m`, `1h`."""
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise refuse("a duration with its unit such as 500ms, 10s, 2m or 1h", value)
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def _positive_duration_s(value: Any) -> float:
+    seconds = duration_s(value)
+    if seconds <= 0:
+        raise refuse("a duration above zero", value)
+    return seconds
+
+
+def _auto_duration_s(value: Any) -> Any:
+    return None if value == "auto" else duration_s(value)
+
+
+def _auto_positive_duration_s(value: Any) -> Any:
+    return None if value == "auto" else _positive_duration_s(value)
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def interval(value: Any) -> tuple[float | None, int | None]:
+    """(seconds, steps) between two checkpoints, exactly one set; `auto` is every 30 seconds."""
+    if value == "auto":
+        return 30.0, None
+    steps = _STEPS.fullmatch(value.strip()) if isinstance(value, str) else None
+    if steps and int(steps[1]) > 0:
+        return None, int(steps[1])
+    seconds = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if seconds is None or float(seconds[1]) <= 0:
+        raise refuse('auto, a number of steps such as "20 steps", or a duration such as 30s', value)
+    return duration_s(value), None
+
+
+def bounds(value: Any) -> Any:
+    """`2` is short for `{min: 2, max: 2}`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"min": value, "max": value}
+    elif not isinstance(value, dict):
+        raise refuse("a size such as 2, or bounds such as {min: 1, max: 4, prefer: 2}", value)
+    return value
+
+
+def argument(value: Any) -> str:
+    """An element of an argument list or an environment value: text, or a number written without quotes."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise refuse("text or a number (put quotes around it)", value)
+    text = str(value)
+    if "\0" in text:
+        raise refuse("text without NUL characters", value)
+    return text
+
+
+_TEXT = WithJsonSchema({"type": "string"})
+Duration = Annotated[float, BeforeValidator(_positive_duration_s), _TEXT]
+"""Seconds above zero."""
+Wait = Annotated[float, BeforeValidator(duration_s), _TEXT]
+"""Seconds, zero allowed."""
+AutoDuration = Annotated[float | None, BeforeValidator(_auto_positive_duration_s), _TEXT]
+"""Seconds above zero; None = auto."""
+AutoWait = Annotated[float | None, BeforeValidator(_auto_duration_s), _TEXT]
+"""Seconds, zero allowed; None = auto."""
+Interval = Annotated[tuple[float | None, int | None], BeforeValidator(interval), _TEXT]
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+AutoSize = Annotated[Size | None, BeforeValidator(_auto)]
+"""A size; None = auto."""
+AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)]
+"""A number of samples; None = auto."""
+AutoName = Annotated[Annotated[str, Field(min_length=1)] | None, BeforeValidator(_auto)]
+"""A name; None = auto."""
+Argument = Annotated[str, BeforeValidator(argument)]
