@@ -1,0 +1,169 @@
+"""Verdicts, capacity, root causes, budgets and growth: pure functions, so a table of cases each."""
+
+import pytest
+
+from orchestrator.core.capacity import Candidate, choose, hold_s, settled
+from orchestrator.core.facts import GenerationEnded, GenerationStarted, JobAccepted
+from orchestrator.core.failure import root_cause
+from orchestrator.core.health import Signals, verdict
+from orchestrator.core.history import History, replay
+from orchestrator.core.policy import exhausted, worth_switching
+from orchestrator.core.spec import Budget, CheckpointSpec, FailureClass, JobSpec, RecoverySpec
+from orchestrator.core.status import Health
+from orchestrator.core.types import (
+    AssignedNode,
+    Assignment,
+    BatchSplit,
+    Entrypoint,
+    Generation,
+    LaunchReport,
+    LaunchState,
+    Mesh,
+    Plan,
+    WorkerError,
+)
+
+RECOVERY = RecoverySpec(heartbeat_s=1.0, lost_after_s=12.0, settle_s=2.0)
+
+
+def spec(**changes: object) -> JobSpec:
+    fields: dict[str, object] = {"min_nodes": 1, "max_nodes": 4, "recovery": RECOVERY} | changes
+    return JobSpec("gpt", Entrypoint("train.py"), CheckpointSpec("file:///c"), 48, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("signals", "expected"),
+    [
+        (Signals(True, 0.5, False), Health.HEALTHY),
+        (Signals(True, 3.0, False), Health.SUSPECT),
+        (Signals(True, 12.0, False), Health.LOST),
+        (Signals(False, 0.1, False), Health.SUSPECT),
+        (Signals(False, 0.1, True), Health.LOST),
+        (Signals(True, 3.9, True), Health.SUSPECT),
+        (Signals(True, 4.0, True), Health.LOST),
+        (Signals(None, 3.0, True), Health.SUSPECT),
+        (Signals(None, 4.0, True), Health.LOST),
+        (Signals(False, 3.9, False, starting=True), Health.SUSPECT),
+        (Signals(False, 4.0, False, starting=True), Health.LOST),
+        (Signals(True, 0.0, False, lost_reason="given up"), Health.LOST),
+    ],
+)
+def test_verdict(signals: Signals, expected: Health) -> None:
+    judged = verdict(signals, RECOVERY)
+    assert judged.health is expected
+    assert judged.reason
+
+
+def candidate(node: str, joined_s: float = 0.0, losses: tuple[float, ...] = (), *, warm: bool = True) -> Candidate:
+    return Candidate(node, 2, 0, "cpu", joined_s, losses, warm)
+
+
+def test_a_flapping_node_is_held_back_longer_each_time_and_forgiven_after_an_hour() -> None:
+    times = [hold_s(candidate("a", losses=tuple([5.0] * n)), 2.0, 10.0) for n in range(6)]
+    assert times == [0.0, 0.0, 4.0, 8.0, 16.0, 32.0]
+    assert hold_s(candidate("a", losses=(5.0,) * 6), 2.0, 4000.0) == 0.0
+    assert hold_s(candidate("a", losses=(5.0,) * 900), 2.0, 10.0) == 600.0
+
+
+def test_growth_waits_for_the_settle_window_and_for_a_warm_node() -> None:
+    assert not settled(candidate("a", joined_s=9.0), 2.0, 10.0)
+    assert settled(candidate("a", joined_s=8.0), 2.0, 10.0)
+    assert not settled(candidate("a", joined_s=8.0, warm=False), 2.0, 10.0)
+
+
+def test_choose_keeps_known_nodes_and_takes_held_back_ones_only_in_need() -> None:
+    names = [candidate("d"), candidate("c"), candidate("b"), candidate("a", 9.0, (1.0, 2.0))]
+    assert [one.node for one in choose(names, spec(max_nodes=2), 10.0, keep=("d",))] == ["b", "d"]
+    assert [one.node for one in choose(names, spec(), 10.0, keep=())] == ["b", "c", "d"]
+    assert [one.node for one in choose(names, spec(min_nodes=4), 10.0, keep=())] == ["a", "b", "c", "d"]
+
+
+def test_a_job_may_use_fewer_devices_than_a_node_has() -> None:
+    assert [one.devices for one in choose([candidate("a")], spec(devices_per_node=1), 10.0, ())] == [1]
+
+
+def failed(*errors: WorkerError) -> LaunchReport:
+    return LaunchReport(1, LaunchState.FAILED, errors=errors)
+
+
+def error(rank: int, exception: str, time_s: float, *, step: int = 7, collective: bool = False) -> WorkerError:
+    trace = f'  File "train.py", line 3, in main\n{exception}: at 0x{rank}'
+    return WorkerError(rank, exception, f"at 0x{rank}", trace, step, time_s, collective)
+
+
+def test_the_earliest_error_that_is_no_echo_is_the_root_cause() -> None:
+    said = [
+        ("a", failed(error(0, "DistBackendError", 1.0, collective=True))),
+        ("b", failed(error(2, "ValueError", 2.0), error(3, "KeyError", 3.0))),
+        ("c", failed(error(4, "signal SIGABRT", 1.5))),
+    ]
+    cause = root_cause(said, {})
+    assert (cause.kind, cause.node) == (FailureClass.USER, "b")
+    assert "ValueError" in cause.text
+
+
+def test_a_signal_is_transient_a_lost_node_is_hardware_and_an_echo_is_unknown() -> None:
+    killed = [("a", failed(error(0, "signal SIGKILL", 1.0)))]
+    echo = [("a", failed(error(0, "DistBackendError", 1.0, collective=True)))]
+    assert root_cause(killed, {}).kind is FailureClass.TRANSIENT
+    assert root_cause(echo, {}).kind is FailureClass.UNKNOWN
+    assert root_cause(killed, {"b": "no heartbeat"}).kind is FailureClass.HARDWARE
+    assert root_cause([], {}).kind is FailureClass.UNKNOWN
+
+
+def test_the_signature_is_of_place_and_step_not_of_the_message() -> None:
+    one = root_cause([("a", failed(error(0, "ValueError", 1.0)))], {}).signature
+    other = root_cause([("b", failed(error(5, "ValueError", 9.0)))], {}).signature
+    later = root_cause([("b", failed(error(5, "ValueError", 9.0, step=8)))], {}).signature
+    assert one == other != later
+
+
+def ended(time_s: float, kind: FailureClass, signature: str = "", step: int = 100) -> GenerationEnded:
+    return GenerationEnded(time_s, 1, step, "cause", kind, signature)
+
+
+def history(*ends: GenerationEnded, budgets: dict[FailureClass, Budget] | None = None) -> History:
+    job = spec(recovery=RecoverySpec(budgets=budgets or {}))
+    plan = Plan(Mesh(), BatchSplit(48, 48, 1, (48,)))
+    facts: list[object] = [JobAccepted(0.0, job)]
+    for number, end in enumerate(ends, 1):
+        generation = Generation(number, plan, Assignment((AssignedNode("a", 0, 1),)))
+        facts += [GenerationStarted(end.time_s, generation), end]
+    return replay(facts)  # type: ignore[arg-type]
+
+
+def test_the_same_error_twice_ends_the_job_without_touching_other_budgets() -> None:
+    budgets = {FailureClass.USER: Budget(0, 10.0)}
+    assert exhausted(history(ended(1.0, FailureClass.USER, "x")), 2.0) is None
+    twice = history(ended(1.0, FailureClass.USER, "x", 5), ended(2.0, FailureClass.USER, "x", 6))
+    assert "same error at the same step twice" in (exhausted(twice, 3.0) or "")
+    other = history(ended(1.0, FailureClass.USER, "x", 5), ended(2.0, FailureClass.TRANSIENT, "", 6), budgets=budgets)
+    assert exhausted(other, 3.0) is None
+
+
+def test_a_budget_counts_its_class_within_its_window() -> None:
+    budgets = {FailureClass.TRANSIENT: Budget(2, 10.0)}
+    ends = [ended(float(t), FailureClass.TRANSIENT, step=t) for t in (1, 5, 9)]
+    assert "budget is 2" in (exhausted(history(*ends, budgets=budgets), 9.0) or "")
+    assert exhausted(history(*ends, budgets=budgets), 12.0) is None
+    mixed = [*ends[:2], ended(9.0, FailureClass.HARDWARE)]
+    assert exhausted(history(*mixed, budgets=budgets), 9.0) is None
+
+
+def test_three_generations_that_end_before_a_step_end_the_job_but_lost_nodes_do_not() -> None:
+    nothing = [ended(float(t), FailureClass.UNKNOWN, step=0) for t in range(3)]
+    assert "no progress" in (exhausted(history(*nothing), 5.0) or "")
+    lost = [ended(float(t), FailureClass.HARDWARE, step=0) for t in range(9)]
+    assert exhausted(history(*lost), 9.0) is None
+
+
+def plan(devices: int, step_s: float = 0.0) -> Plan:
+    return Plan(Mesh(dp_shard=devices), BatchSplit(48, 48, 1, (48,)), step_s=step_s)
+
+
+def test_growth_is_weighed_against_its_cost() -> None:
+    assert worth_switching(plan(3), plan(4), cost_s=10.0).yes
+    assert not worth_switching(plan(3), plan(4), cost_s=1e6).yes
+    same = worth_switching(plan(3, 1.0), plan(4, 1.0), cost_s=1.0)
+    assert not same.yes
+    assert "1.00x" in same.reason
