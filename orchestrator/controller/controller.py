@@ -70,7 +70,7 @@ class Controller:
             # A crash between putting a manifest and recording it must not lose the commit.
             known = {one.path for one in history.checkpoints} | set(history.rejected)
             missed = [one for one in self._effects.found(now_s) if one.path not in known]
-            news = [one for one in missed if one.step > (history.committed_step or -1)]
+            news = [one for one in missed if one.step > history.newest_step]
             if news:
                 self._journal.append(news)
             for fact in news:

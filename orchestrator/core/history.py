@@ -85,7 +85,7 @@ class History:
     max_step: int = 0
     """Highest step ever reached, as far as ended generations tell."""
     checkpoints: list[CheckpointRecorded] = field(default_factory=list)
-    """Committed and not rejected, oldest first."""
+    """Committed and not rejected, oldest first; at most `spec.checkpoint.keep_last`, older ones are pruned."""
     rejected: dict[str, str] = field(default_factory=dict)
     """Path -> why the checkpoint is unusable."""
     failures: list[Failure] = field(default_factory=list)
@@ -124,6 +124,11 @@ class History:
         """Step of `checkpoint`."""
         return self.checkpoint.step if self.checkpoint else None
 
+    @property
+    def newest_step(self) -> int:
+        """`committed_step`, or -1: less than every step."""
+        return self.checkpoint.step if self.checkpoint else -1
+
     def apply(self, fact: Fact) -> None:
         """Fold one fact in. Facts are trusted: they were decided by `Job` and come from its journal."""
         match fact:
@@ -138,7 +143,7 @@ class History:
             case GenerationEnded():
                 self._end(fact)
             case CheckpointRecorded():
-                self.checkpoints.append(fact)
+                self.checkpoints = [*self.checkpoints, fact][-self.spec.checkpoint.keep_last :]
             case CheckpointRejected():
                 self.rejected[fact.path] = fact.reason
                 self.checkpoints = [kept for kept in self.checkpoints if kept.path != fact.path]
@@ -159,13 +164,13 @@ class History:
     def _start(self, fact: GenerationStarted) -> None:
         self.generation, self.live, self.ran_s = fact.generation, True, None
         self.started_s, self.stopping = fact.time_s, None
-        self.committed_at_start = -1 if self.committed_step is None else self.committed_step
+        self.committed_at_start = self.newest_step
         if self.incident:
             self.incident.to = fact.generation
 
     def _end(self, fact: GenerationEnded) -> None:
         self.live, self.stopping = False, None
-        committed = -1 if self.committed_step is None else self.committed_step
+        committed = self.newest_step
         started = self.generation.checkpoint_step or 0 if self.generation else 0
         stuck = fact.step <= started or fact.step == self.failed_step
         if fact.failure is None or committed > self.committed_at_start:

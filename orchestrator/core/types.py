@@ -159,6 +159,8 @@ class Generation:
     assignment: Assignment
     checkpoint_step: int | None = None
     """Committed step that this generation restores; None = from scratch."""
+    checkpoint_path: str | None = None
+    """Where that checkpoint is, relative to the root."""
 
 
 # ---------------------------------------------------------------- what a node reports

@@ -171,8 +171,11 @@ class Life(RuleBasedStateMachine):
     def a_generation_restores_the_newest_checkpoint(self) -> None:
         history = self.cluster.history
         if history.live and history.generation and history.ran_s is None:
-            path = self.cluster.job._order().checkpoint_path
-            assert (path is None) == (history.generation.checkpoint_step is None)
+            rejected = set(history.rejected)
+            started = next(x for x in reversed(self.cluster.journal) if isinstance(x, f.GenerationStarted))
+            before = self.cluster.journal[: self.cluster.journal.index(started)]
+            good = [x.path for x in before if isinstance(x, f.CheckpointRecorded) and x.path not in rejected]
+            assert history.generation.checkpoint_path == (good[-1] if good else None)
 
     @invariant()
     def replay_gives_the_same_state(self) -> None:
