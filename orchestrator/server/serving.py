@@ -14,8 +14,8 @@ from orchestrator.core.errors import Conflict
 from orchestrator.server.app import create_app
 from orchestrator.server.host import Host
 
-MAX_MESSAGE_BYTES = 1 << 20
-"""Longest WebSocket message that is read."""
+MAX_MESSAGE_BYTES = 16 << 20
+"""Longest WebSocket message that is read: a report with the traceback of every worker."""
 GRACE_S = 2.0
 """How long open requests may take to end when the server stops."""
 
