@@ -26,7 +26,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise _Alias(f"line {self.get_event().start_mark.line + 1}")
+            event = self.get_event()  # type: ignore[no-untyped-call]
+            raise _Alias(f"line {event.start_mark.line + 1}")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

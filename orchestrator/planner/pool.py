@@ -1,0 +1,98 @@
+"""Which nodes a plan may draw on together: the same collective backend, as fast as the slowest of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from orchestrator.core.spec import JobSpec
+from orchestrator.core.types import NodeCapacity
+from orchestrator.planner.hardware import GIB, Device, find
+
+_MOST_POOLS = 6
+_UNKNOWN = Device("unknown", "nccl", 1e14, 0, 2e12, 100e9, 10e9, 1e-5, 1e-4, 0.5, 2)
+"""What a device outside the catalogue is taken for: some GPU. It ranks meshes; its seconds mean little."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Nodes that train together, of which at most `limit` are used."""
+
+    nodes: tuple[NodeCapacity, ...]
+    """Most devices first, then by name."""
+    limit: int
+    device: Device
+    """The slowest of them."""
+    memory_bytes: int
+    """The smallest of them; 0 when some is unknown."""
+    _sizes: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    """(devices, number of nodes that have so many)."""
+    _aligned: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sizes = Counter(node.devices for node in self.nodes)
+        object.__setattr__(self, "_sizes", tuple(sizes.items()))
+
+    @property
+    def devices(self) -> int:
+        """Devices that a plan may use."""
+        return self.aligned(1)
+
+    def aligned(self, span: int) -> int:
+        """Devices that can be used when every node gives a multiple of `span`."""
+        if span not in self._aligned:
+            left, devices = self.limit, 0
+            for whole, count in sorted(((size // span * span, count) for size, count in self._sizes), reverse=True):
+                devices += whole * min(left, count)
+                left -= min(left, count)
+            self._aligned[span] = devices
+        return self._aligned[span]
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which `node-2` comes before `node-10`."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple((1, int(part), part) if part.isdecimal() and part.isascii() else (0, 0, part) for part in parts)
+
+
+def usable(spec: JobSpec, capacity: Iterable[NodeCapacity]) -> list[NodeCapacity]:
+    """Nodes with a device to give, each once, cut to `devices_per_node`; in an order independent of the input's."""
+    most = spec.devices_per_node
+    ordered = sorted(capacity, key=lambda node: (natural(node.node), node.devices, node.memory_bytes, node.kind))
+    once = {node.node: node for node in reversed(ordered)}
+    cut = [replace(node, devices=node.devices if most is None else min(most, node.devices)) for node in once.values()]
+    return sorted((node for node in cut if node.devices > 0), key=lambda node: (-node.devices, natural(node.node)))
+
+
+def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
+    """Groups of `nodes` worth planning for: all of one backend, and all but the slowest or smallest kinds.
+
+    More than a few kinds are cut to evenly spaced ones.
+    """
+    found = []
+    described = [(node, _device(spec, node)) for node in nodes]
+    for backend in sorted({device.backend for _, device in described}):
+        mine = [(node, device) for node, device in described if device.backend == backend]
+        grades = sorted({_grade(node, device) for node, device in mine}, reverse=True)
+        step = -(-len(grades) // _MOST_POOLS)
+        for lowest in grades[::-1][::step]:
+            kept = [(node, device) for node, device in mine if _grade(node, device) >= lowest]
+            slowest = min((device for _, device in kept), key=lambda device: (device.flops_per_s, device.name))
+            memory = min(_memory(node, device) for node, device in kept)
+            found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, memory))
+    return found
+
+
+def _device(spec: JobSpec, node: NodeCapacity) -> Device:
+    return find(spec.device_kind or node.kind) or _UNKNOWN
+
+
+def _memory(node: NodeCapacity, device: Device) -> int:
+    return node.memory_bytes or device.memory_bytes
+
+
+def _grade(node: NodeCapacity, device: Device) -> tuple[float, int]:
+    """Speed and memory in whole GiB: nodes of one grade are used together."""
+    return device.flops_per_s, (_memory(node, device) + GIB // 2) // GIB
