@@ -1,0 +1,134 @@
+"""Strict reading of JSON that may be damaged or hostile: every misfit is a `CorruptCheckpoint` that names the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.core.errors import CorruptCheckpoint
+
+LARGEST = 2**63 - 1
+"""No count, offset or length in a checkpoint is larger."""
+
+
+def corrupt(file: str, reason: str, tensor: str | None = None) -> CorruptCheckpoint:
+    """The error for damaged bytes of `file` (and of `tensor` in it)."""
+    where = f" at tensor {tensor}" if tensor else ""
+    return CorruptCheckpoint(
+        f"checkpoint file {file} is corrupt{where}: {reason}; restore an older checkpoint or another copy of this one"
+    )
+
+
+def parse_object(text: bytes, file: str) -> Fields:
+    """The JSON object in `text`; raises `CorruptCheckpoint` when it is not one or repeats a key."""
+    try:
+        data = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(file, f"it is not JSON ({type(error).__name__}: {str(error)[:200]})") from error
+    if not isinstance(data, dict):
+        raise corrupt(file, f"it holds a {type(data).__name__} where an object is expected")
+    return Fields(data, file)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object repeats a key")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """A JSON object whose members are asked for by type; `tensor` is named in errors where known."""
+
+    data: dict[str, Any]
+    file: str
+    tensor: str | None = None
+
+    def of(self, tensor: str) -> Fields:
+        """The same fields, with errors that name `tensor`."""
+        return Fields(self.data, self.file, tensor)
+
+    def fail(self, reason: str) -> CorruptCheckpoint:
+        """The error to raise for a value that does not fit."""
+        return corrupt(self.file, reason, self.tensor)
+
+    def integer(self, key: str) -> int:
+        """A count, offset or length: an integer in `0..LARGEST`."""
+        value = self._member(key)
+        if type(value) is not int or not 0 <= value <= LARGEST:
+            raise self.fail(f"{key} is {_short(value)} where a count is expected")
+        return value
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of counts."""
+        values = self._list(key)
+        if not all(type(value) is int and 0 <= value <= LARGEST for value in values):
+            raise self.fail(f"{key} is {_short(values)} where a list of counts is expected")
+        return tuple(values)
+
+    def number(self, key: str) -> float:
+        """A finite number that is not negative."""
+        value = self._member(key)
+        if type(value) not in (int, float) or not 0 <= value <= float(LARGEST):
+            raise self.fail(f"{key} is {_short(value)} where a number is expected")
+        return float(value)
+
+    def text(self, key: str) -> str:
+        """A string."""
+        value = self._member(key)
+        if not isinstance(value, str):
+            raise self.fail(f"{key} is {_short(value)} where a string is expected")
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        """A string or null."""
+        return None if self._member(key) is None else self.text(key)
+
+    def digest(self, key: str) -> str:
+        """An xxh3-128 checksum: 32 lower-case hex digits."""
+        value = self.text(key)
+        if len(value) != 32 or not set(value) <= set("0123456789abcdef"):
+            raise self.fail(f"{key} is {_short(value)} where a checksum is expected")
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """An object."""
+        value = self._member(key)
+        if not isinstance(value, dict):
+            raise self.fail(f"{key} is {_short(value)} where an object is expected")
+        return value
+
+    def objects(self, key: str) -> Iterator[Fields]:
+        """A list of objects."""
+        for value in self._list(key):
+            if not isinstance(value, dict):
+                raise self.fail(f"{key} holds {_short(value)} where an object is expected")
+            yield Fields(value, self.file, self.tensor)
+
+    def expect(self, key: str, value: Any) -> None:
+        """The member must be exactly `value`."""
+        found = self._member(key)
+        if type(found) is not type(value) or found != value:
+            raise self.fail(f"{key} is {_short(found)} where {value!r} is expected")
+
+    def _member(self, key: str) -> Any:
+        if key not in self.data:
+            raise self.fail(f"it lacks {key}")
+        return self.data[key]
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._member(key)
+        if not isinstance(value, list):
+            raise self.fail(f"{key} is {_short(value)} where a list is expected")
+        return value
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,228 @@
+"""regrow's own format: each rank writes its chunks as one safetensors file beside a part manifest.
+
+Keys of the safetensors file are `<tensor>@<offsets>`, for example `layers.0.wq.weight@0,16`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checkpoint.durable import locked, sync_directory, temporary, write_synced
+from orchestrator.checkpoint.layout import ITEM_BYTES, KINDS, Piece
+from orchestrator.checkpoint.manifest import (
+    MANIFEST,
+    PartChunk,
+    PartManifest,
+    PartTensor,
+    data_name,
+    digest_of,
+    directory_name,
+    encode_part,
+    merge_states,
+    part_name,
+)
+from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts
+from orchestrator.checkpoint.root import create_root, parse_root, require_space
+from orchestrator.checkpoint.store import require_fence
+from orchestrator.checkpoint.view import UniversalView
+from orchestrator.core.errors import CheckpointError, Refused
+from orchestrator.core.types import SaveReport
+
+__all__ = ["UniversalView", "open_view", "write_part"]
+
+MANIFEST_ROOM_BYTES = 1 << 20
+"""Free space asked for beyond the data itself."""
+
+
+def open_view(root: str | Path, path: str) -> UniversalView:
+    """The universal view of the committed checkpoint `path` under `root`: reads manifests only.
+
+    Raises `CheckpointError` when it is not there, `CorruptCheckpoint` when a manifest or a file's size is wrong.
+    """
+    base = parse_root(root)
+    manifest = load_manifest(base, path)
+    directory = base / path
+    parts = [
+        load_part(directory, entry, step=manifest.step, generation=manifest.generation, world_size=len(manifest.parts))
+        for entry in manifest.parts
+    ]
+    return UniversalView(
+        directory,
+        step=manifest.step,
+        generation=manifest.generation,
+        state=merge_states([part.state for part in parts]),
+        tensors=merge_parts(directory, parts),
+    )
+
+
+def write_part(
+    root: str | Path,
+    *,
+    generation: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    pieces: Sequence[Piece],
+    state: dict[str, Any],
+    stall_s: float,
+) -> SaveReport:
+    """Write what this rank saves of `step`; durable when it returns, visible to readers only once committed.
+
+    `stall_s` (seconds that training stood still) is passed on in the report. Raises `CheckpointError` when a piece does
+    not fit its box, the state is not JSON-able or the disk is full; `Refused` when a newer generation has begun or the
+    step is committed already with other contents.
+    """
+    began = time.perf_counter()
+    base = create_root(root)
+    require_fence(base, generation)
+    solid = _solid(pieces)
+    header = _header(solid)
+    file_bytes = len(header) + sum(piece.data.nbytes for piece in solid)
+    _require_jsonable(state)
+    require_space(base, file_bytes + MANIFEST_ROOM_BYTES)
+    directory = _make_directory(base, directory_name(step, generation))
+    data, manifest = directory / data_name(rank), directory / part_name(rank)
+    new_data, new_manifest = temporary(data), temporary(manifest)
+    try:
+        digests = _write_data(new_data, header, solid)
+        tensors = _tensors(pieces, solid, digests, len(header))
+        part = PartManifest(
+            generation, step, rank, world_size, file_bytes, len(header), digest_of(header), tensors, state
+        )
+        text = encode_part(part)
+        write_synced(new_manifest, text)
+        _put(base, directory, {new_data: data, new_manifest: manifest}, text)
+    except OSError as error:
+        raise _failed(error, directory, rank) from error
+    finally:
+        new_data.unlink(missing_ok=True)
+        new_manifest.unlink(missing_ok=True)
+    return SaveReport(
+        generation=generation,
+        step=step,
+        rank=rank,
+        part=f"{directory.name}/{manifest.name}",
+        digest=digest_of(text),
+        size_bytes=file_bytes + len(text),
+        stall_s=stall_s,
+        write_s=time.perf_counter() - began,
+    )
+
+
+def _solid(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with bytes, each checked, widest items first: so every chunk is aligned in the file."""
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    solid = []
+    for piece in pieces:
+        _check(piece)
+        if piece.box.elements:
+            if (piece.name, piece.box.offsets) in seen:
+                raise CheckpointError(f"{piece.name} is saved twice at {piece.box}: save each box once")
+            seen.add((piece.name, piece.box.offsets))
+            solid.append(piece)
+    return sorted(solid, key=lambda piece: -ITEM_BYTES[piece.dtype])
+
+
+def _check(piece: Piece) -> None:
+    if piece.dtype not in ITEM_BYTES or piece.kind not in KINDS or (piece.kind == "state") != (piece.state is not None):
+        raise CheckpointError(
+            f"{piece.name} is a {piece.kind} of dtype {piece.dtype}, which the native format does not hold: convert it"
+        )
+    if not piece.box.inside(piece.shape):
+        raise CheckpointError(f"{piece.name} of shape {list(piece.shape)} does not hold the box {piece.box}")
+    if not piece.data.c_contiguous or piece.data.nbytes != piece.box.elements * ITEM_BYTES[piece.dtype]:
+        raise CheckpointError(
+            f"{piece.name} {piece.box} of dtype {piece.dtype} does not fit its {piece.data.nbytes} bytes of data: "
+            "give the box's bytes, C-contiguous"
+        )
+
+
+def _header(solid: Sequence[Piece]) -> bytes:
+    """The safetensors header, padded with spaces so that the data begin at a multiple of 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "regrow"}}
+    position = 0
+    for piece in solid:
+        end = position + piece.data.nbytes
+        key = f"{piece.name}@{','.join(map(str, piece.box.offsets))}"
+        entries[key] = {"dtype": piece.dtype, "shape": piece.box.sizes, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _require_jsonable(state: dict[str, Any]) -> None:
+    try:
+        json.dumps(state)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the state to save is not JSON-able ({error}): save numbers, strings, lists and maps"
+        ) from error
+
+
+def _make_directory(root: Path, name: str) -> Path:
+    directory = root / name
+    try:
+        directory.mkdir(exist_ok=True)
+        sync_directory(root)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be made ({error.strerror}): make it writable") from error
+    return directory
+
+
+def _write_data(path: Path, header: bytes, solid: Sequence[Piece]) -> list[str]:
+    """One sequential, synced write; returns each piece's digest."""
+    digests = []
+    with path.open("wb", buffering=1 << 20) as file:
+        file.write(header)
+        for piece in solid:
+            data = piece.data.cast("B")
+            file.write(data)
+            digests.append(digest_of(data))
+        file.flush()
+        os.fsync(file.fileno())
+    return digests
+
+
+def _tensors(
+    pieces: Sequence[Piece], solid: Sequence[Piece], digests: Sequence[str], begin: int
+) -> tuple[PartTensor, ...]:
+    chunks: dict[str, list[PartChunk]] = {piece.name: [] for piece in pieces}
+    for piece, digest in zip(solid, digests, strict=True):
+        end = begin + piece.data.nbytes
+        chunks[piece.name].append(PartChunk(piece.box, begin, end, digest))
+        begin = end
+    firsts: dict[str, Piece] = {}
+    for piece in pieces:
+        first = firsts.setdefault(piece.name, piece)
+        if (first.kind, first.dtype, first.shape) != (piece.kind, piece.dtype, piece.shape):
+            raise CheckpointError(f"pieces of {piece.name} disagree about its kind, dtype or shape: save one tensor")
+    return tuple(
+        PartTensor(one.parameter, one.state, one.kind, one.dtype, one.shape, tuple(chunks[name]))
+        for name, one in firsts.items()
+    )
+
+
+def _put(root: Path, directory: Path, renames: dict[Path, Path], text: bytes) -> None:
+    """Rename both files into place, unless the step is committed: then they must be what is there already."""
+    with locked(root, shared=True):
+        if (directory / MANIFEST).exists():
+            present = list(renames.values())[-1]
+            if present.exists() and present.read_bytes() == text:
+                return
+            raise Refused(f"{directory} is committed already with other contents: save a later step")
+        require_fence(root, int(directory.name.rpartition("-")[2]))
+        for new, final in renames.items():
+            new.replace(final)
+        sync_directory(directory)
+
+
+def _failed(error: OSError, directory: Path, rank: int) -> CheckpointError:
+    advice = "make room or keep fewer checkpoints" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk"
+    return CheckpointError(f"part {rank} of {directory} was not written ({error.strerror}): {advice}")

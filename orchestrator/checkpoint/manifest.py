@@ -1,0 +1,292 @@
+"""What a native checkpoint consists of: the part manifest of each rank and the manifest that commits them. <-> JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from orchestrator.checkpoint.fields import Fields, corrupt, parse_object
+from orchestrator.checkpoint.layout import ITEM_BYTES, KINDS, MAX_DIMENSIONS, Box, tensor_name
+
+PART_FORMAT = "regrow-part"
+MANIFEST_FORMAT = "regrow-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+"""Name of the file that commits a checkpoint."""
+MAX_MANIFEST_BYTES = 1 << 29
+"""A larger manifest is not read: it is not ours."""
+
+_DIRECTORY = re.compile(r"step-(\d{8,18})-gen-(\d{4,18})")
+
+
+def directory_name(step: int, generation: int) -> str:
+    """`step-00000040-gen-0003`."""
+    return f"step-{step:08d}-gen-{generation:04d}"
+
+
+def parse_directory_name(name: str) -> tuple[int, int] | None:
+    """(step, generation) of a checkpoint's directory name; None for any other name."""
+    match = _DIRECTORY.fullmatch(name)
+    if match is None:
+        return None
+    step, generation = int(match[1]), int(match[2])
+    return (step, generation) if directory_name(step, generation) == name else None
+
+
+def data_name(rank: int) -> str:
+    """`part-00002.safetensors`: the chunks of a rank."""
+    return f"part-{rank:05d}.safetensors"
+
+
+def part_name(rank: int) -> str:
+    """`part-00002.json`: the part manifest of a rank."""
+    return f"part-{rank:05d}.json"
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    """xxh3-128 (hex)."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+@dataclass(frozen=True, slots=True)
+class PartChunk:
+    """A box at bytes `begin .. end` of the data file."""
+
+    box: Box
+    begin: int
+    end: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartTensor:
+    """What one rank holds of one logical tensor: no chunk at all where its boxes are empty."""
+
+    parameter: str
+    state: str | None
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[PartChunk, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the logical tensor."""
+        return tensor_name(self.parameter, self.state)
+
+
+@dataclass(frozen=True, slots=True)
+class PartManifest:
+    """What one rank has written.
+
+    Invariant: the header and the chunks tile the data file, so that every byte of it is under a checksum.
+    """
+
+    generation: int
+    step: int
+    rank: int
+    world_size: int
+    file_bytes: int
+    header_bytes: int
+    header_digest: str
+    tensors: tuple[PartTensor, ...]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PartEntry:
+    """A part as the commit manifest knows it: the digest of its part manifest, and its size with that manifest."""
+
+    rank: int
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The commit: which parts make the checkpoint. Invariant: one part per rank, in rank order."""
+
+    generation: int
+    step: int
+    seconds: float
+    """From the beginning of the slowest rank's writing to the commit, without the time between them."""
+    parts: tuple[PartEntry, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size_bytes for part in self.parts)
+
+
+# ---------------------------------------------------------------- part manifest
+
+
+def encode_part(part: PartManifest) -> bytes:
+    """The part manifest as JSON; raises `TypeError` or `ValueError` when its state is not JSON-able."""
+    return _dump(
+        {
+            "format": PART_FORMAT,
+            "version": VERSION,
+            "generation": part.generation,
+            "step": part.step,
+            "rank": part.rank,
+            "world_size": part.world_size,
+            "file_bytes": part.file_bytes,
+            "header_bytes": part.header_bytes,
+            "header_digest": part.header_digest,
+            "tensors": [_tensor_data(tensor) for tensor in part.tensors],
+            "state": part.state,
+        }
+    )
+
+
+def decode_part(text: bytes, file: str) -> PartManifest:
+    """The part manifest in `text`, every range checked; raises `CorruptCheckpoint` naming `file` (and the tensor)."""
+    fields = parse_object(text, file)
+    fields.expect("format", PART_FORMAT)
+    fields.expect("version", VERSION)
+    part = PartManifest(
+        generation=fields.integer("generation"),
+        step=fields.integer("step"),
+        rank=fields.integer("rank"),
+        world_size=fields.integer("world_size"),
+        file_bytes=fields.integer("file_bytes"),
+        header_bytes=fields.integer("header_bytes"),
+        header_digest=fields.digest("header_digest"),
+        tensors=tuple(_tensor(one) for one in fields.objects("tensors")),
+        state=fields.mapping("state"),
+    )
+    _check_names(part, file)
+    _check_tiling(part, file)
+    return part
+
+
+def _tensor_data(tensor: PartTensor) -> dict[str, Any]:
+    return {
+        "parameter": tensor.parameter,
+        "state": tensor.state,
+        "kind": tensor.kind,
+        "dtype": tensor.dtype,
+        "shape": tensor.shape,
+        "chunks": [
+            {
+                "offsets": chunk.box.offsets,
+                "sizes": chunk.box.sizes,
+                "begin": chunk.begin,
+                "end": chunk.end,
+                "digest": chunk.digest,
+            }
+            for chunk in tensor.chunks
+        ],
+    }
+
+
+def _tensor(fields: Fields) -> PartTensor:
+    parameter, state = fields.text("parameter"), fields.optional_text("state")
+    fields = fields.of(tensor_name(parameter, state))
+    kind, dtype, shape = fields.text("kind"), fields.text("dtype"), fields.integers("shape")
+    if kind not in KINDS or (kind == "state") != (state is not None):
+        raise fields.fail(f"kind {kind!r} does not fit")
+    if dtype not in ITEM_BYTES:
+        raise fields.fail(f"dtype {dtype!r} is unknown")
+    if len(shape) > MAX_DIMENSIONS:
+        raise fields.fail(f"it has {len(shape)} dimensions")
+    chunks = tuple(_chunk(one, shape, ITEM_BYTES[dtype]) for one in fields.objects("chunks"))
+    return PartTensor(parameter, state, kind, dtype, shape, chunks)
+
+
+def _chunk(fields: Fields, shape: tuple[int, ...], item_bytes: int) -> PartChunk:
+    offsets, sizes = fields.integers("offsets"), fields.integers("sizes")
+    begin, end = fields.integer("begin"), fields.integer("end")
+    box = Box(offsets, sizes)
+    if not box.inside(shape):
+        raise fields.fail(f"a chunk with offsets {list(offsets)} and sizes {list(sizes)} is outside {list(shape)}")
+    if box.elements == 0 or end - begin != box.elements * item_bytes:
+        raise fields.fail(f"chunk {box} has the byte range {begin}..{end}, which does not fit it")
+    return PartChunk(box, begin, end, fields.digest("digest"))
+
+
+def _check_names(part: PartManifest, file: str) -> None:
+    seen: set[str] = set()
+    for tensor in part.tensors:
+        if tensor.name in seen:
+            raise corrupt(file, "it is listed twice", tensor.name)
+        seen.add(tensor.name)
+
+
+def _check_tiling(part: PartManifest, file: str) -> None:
+    ranges = sorted((chunk.begin, chunk.end, tensor.name) for tensor in part.tensors for chunk in tensor.chunks)
+    position = part.header_bytes
+    for begin, end, name in ranges:
+        if begin != position:
+            raise corrupt(file, f"its byte range {begin}..{end} should begin at {position}", name)
+        position = end
+    if position != part.file_bytes:
+        raise corrupt(file, f"its chunks end at byte {position} of {part.file_bytes}")
+
+
+# ---------------------------------------------------------------- commit manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The commit manifest as JSON, with a checksum of its own."""
+    body = {
+        "format": MANIFEST_FORMAT,
+        "version": VERSION,
+        "generation": manifest.generation,
+        "step": manifest.step,
+        "seconds": manifest.seconds,
+        "parts": [{"rank": part.rank, "digest": part.digest, "size_bytes": part.size_bytes} for part in manifest.parts],
+    }
+    return _dump(body | {"digest": digest_of(_dump(body))})
+
+
+def decode_manifest(text: bytes, file: str) -> Manifest:
+    """The commit manifest in `text`; raises `CorruptCheckpoint` naming `file`."""
+    fields = parse_object(text, file)
+    fields.expect("format", MANIFEST_FORMAT)
+    fields.expect("version", VERSION)
+    digest = fields.digest("digest")
+    if digest_of(_dump({key: value for key, value in fields.data.items() if key != "digest"})) != digest:
+        raise fields.fail("its checksum does not match its contents")
+    parts = tuple(
+        PartEntry(one.integer("rank"), one.digest("digest"), one.integer("size_bytes"))
+        for one in fields.objects("parts")
+    )
+    if not parts or [part.rank for part in parts] != list(range(len(parts))):
+        raise fields.fail("its parts are not one per rank")
+    return Manifest(fields.integer("generation"), fields.integer("step"), fields.number("seconds"), parts)
+
+
+def _dump(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, separators=(",", ":")).encode()
+
+
+# ---------------------------------------------------------------- state
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON state of a job from those of its ranks, in rank order.
+
+    Parameter groups are merged by index: the hyper-parameters of the first rank that has the group, the parameter names
+    of all. Everything else is the first rank's.
+    """
+    if not states:
+        return {}
+    groups: list[dict[str, Any]] = []
+    names: list[dict[str, None]] = []  # dictionaries as ordered sets
+    for state in states:
+        for index, group in enumerate(state.get("param_groups", [])):
+            if index == len(groups):
+                groups.append(group)
+                names.append({})
+            names[index].update(dict.fromkeys(group.get("params", [])))
+    merged = dict(states[0])
+    if groups:
+        merged["param_groups"] = [group | {"params": list(known)} for group, known in zip(groups, names, strict=True)]
+    return merged
