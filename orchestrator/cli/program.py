@@ -12,9 +12,9 @@ from cyclopts import App, CycloptsError
 from orchestrator.core.errors import InvalidInput, RegrowError
 
 EXIT_CODES = (
-    "Exit codes: 0 success; 1 any other error; 2 wrong input (flag, job file, environment); 3 checkpoint unreadable or "
-    "corrupt; 4 conflict (journal, port or job name taken); 5 refused (wrong token); 6 controller unreachable; 7 the job "
-    "FAILED; 8 losses or samples differ (run --compare); 130 or 143 ended by SIGINT or SIGTERM."
+    "Exit codes: 0 success; 1 any other error; 2 wrong input (flag, job file, environment); 3 unreadable or corrupt "
+    "checkpoint; 4 conflict (journal, port or job name taken); 5 refused (wrong token); 6 controller unreachable; "
+    "7 the job FAILED; 8 losses or samples differ (run --compare); 130 or 143 ended by SIGINT or SIGTERM."
 )
 
 _COMMANDS = {

@@ -36,6 +36,7 @@ class Cluster:
         self._listener: socket.socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         environment = dict(os.environ) | {"REGROW_TOKEN": self.token, "REGROW_URL": self.url, "PYTHONUNBUFFERED": "1"}
+        environment["REGROW_LEDGER"] = str(ledger_of(directory))  # workers inherit it from their agent
         logs = directory / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         descriptor = self._listener.fileno()
@@ -126,6 +127,11 @@ class Cluster:
 
     def _children(self) -> list[Child]:
         return [self.controller, *self.agents.values()]
+
+
+def ledger_of(directory: Path) -> Path:
+    """Where the workers of a run write down the samples they consume and their losses."""
+    return directory / "ledger"
 
 
 def agent_command(url: str, node: str, devices: int, directory: Path) -> list[str]:

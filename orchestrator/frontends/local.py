@@ -16,7 +16,7 @@ from orchestrator.core.spec import JobSpec
 from orchestrator.core.status import JobStatus, Phase
 from orchestrator.frontends.children import adopt_orphans
 from orchestrator.frontends.client import Client
-from orchestrator.frontends.cluster import Cluster
+from orchestrator.frontends.cluster import Cluster, ledger_of
 from orchestrator.frontends.faults import Fault, Kind, Schedule
 from orchestrator.frontends.view import View
 
@@ -63,7 +63,7 @@ class Run:
     @property
     def ledger(self) -> Path:
         """Folder of the samples consumed and the losses."""
-        return self.directory / "ledger"
+        return ledger_of(self.directory)
 
 
 def new_directory(parent: Path, name: str) -> Path:
@@ -82,13 +82,10 @@ def new_directory(parent: Path, name: str) -> Path:
 
 
 def prepared(spec: JobSpec, directory: Path, *, seed: int | None, keep_checkpoint_uri: bool) -> JobSpec:
-    """The job with its ledger, and unless kept its checkpoints, in the run's directory."""
+    """The job with its checkpoints in the run's directory (unless kept) and the seed asked for."""
     if not keep_checkpoint_uri:
         spec = replace(spec, checkpoint=replace(spec.checkpoint, uri=str(directory / "checkpoints")))
-    if seed is not None:
-        spec = replace(spec, seed=seed)
-    others = tuple(pair for pair in spec.environment if pair[0] != "REGROW_LEDGER")
-    return replace(spec, environment=(*others, ("REGROW_LEDGER", str(directory / "ledger"))))
+    return spec if seed is None else replace(spec, seed=seed)
 
 
 def run(spec: JobSpec, nodes: Mapping[str, int], faults: Sequence[Fault], directory: Path, view: View) -> Run:

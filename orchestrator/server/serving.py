@@ -63,6 +63,7 @@ async def serve(host: Host, token: str, listener: socket.socket, ready: Callable
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        listener.close()
     for task in ended:
         task.result()
 
