@@ -10,6 +10,9 @@ schedule needs less.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 from orchestrator.core.spec import ModelSpec
 from orchestrator.core.types import Mesh, Recomputation
 from orchestrator.planner.hardware import Device
@@ -18,7 +21,33 @@ from orchestrator.planner.transformer import layer_parameters, split_layers, voc
 USABLE = 0.9
 """Share of a device's memory that a plan may fill: the rest is for the allocator, buffers and the model's error."""
 
+_STATE_BYTES = 16
+_LOGIT_BYTES = 8
+"""Logits and their gradient in fp32, beside the copy in the working type."""
 _ACTIVATION_BYTES = {Recomputation.NONE: 34, Recomputation.SELECTIVE: 20, Recomputation.FULL: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The first or the last pipeline stage before `tp` and `dp_shard` divide it."""
+
+    layers: int
+    parameters: int
+    gathered: int
+    """Parameters that lie gathered at one time."""
+    logits: int
+    """Numbers of the output per token; 0 where the stage has none."""
+
+
+@cache
+def _ends(model: ModelSpec, stages: int) -> tuple[_End, ...]:
+    layers = split_layers(model.layers, stages)
+    one, table = layer_parameters(model), vocabulary_parameters(model)
+    if stages == 1:
+        parameters = layers[0] * one + table * (1 if model.tied_embeddings else 2)
+        return (_End(layers[0], parameters, min(parameters, 2 * max(one, table)), model.vocab),)
+    first, last = layers[0] * one + table, layers[-1] * one + table
+    return _End(layers[0], first, first, 0), _End(layers[-1], last, last, model.vocab)
 
 
 def peak_bytes(
@@ -30,24 +59,20 @@ def peak_bytes(
     recomputation: Recomputation,
 ) -> int:
     """Estimated peak on the fullest device: the larger of the first stage (embedding) and the last (logits)."""
-    stages, tp, dp_shard = mesh.pp, mesh.tp, mesh.dp_shard
-    layers = split_layers(model.layers, stages)
     tokens = micro_batch * model.seq_length
     wide = device.number_bytes
-    in_flight = micro_batches if stages > 1 else 1
-    unit = tokens * model.hidden * wide / 2 / tp
-
-    def stage(held: int, vocabularies: int, last: bool) -> float:
-        weights = held * layer_parameters(model) + vocabularies * vocabulary_parameters(model)
-        gathered = (
-            weights if stages > 1 else min(weights, 2 * max(layer_parameters(model), vocabulary_parameters(model)))
-        )
-        kept = held * _ACTIVATION_BYTES[recomputation] * unit * in_flight
-        working = _ACTIVATION_BYTES[Recomputation.NONE] * unit if recomputation is not Recomputation.NONE else 0.0
-        logits = tokens * model.vocab * (8 + wide) / tp if last else 0.0
-        sharded_copy = wide * gathered / tp if dp_shard > 1 or wide < 4 else 0.0
-        return 16 * weights / tp / dp_shard + sharded_copy + kept + working + logits
-
-    if stages == 1:
-        return int(stage(layers[0], 1 if model.tied_embeddings else 2, last=True))
-    return int(max(stage(layers[0], 1, last=False), stage(layers[-1], 1, last=True)))
+    in_flight = micro_batches if mesh.pp > 1 else 1
+    state_bytes = _STATE_BYTES / mesh.dp_shard
+    # A lone fp32 shard is used where it lies; anything else is gathered, or cast to bf16.
+    copy_bytes = wide if mesh.dp_shard > 1 or wide < 4 else 0
+    kept = _ACTIVATION_BYTES[recomputation] * in_flight
+    working = 0 if recomputation is Recomputation.NONE else _ACTIVATION_BYTES[Recomputation.NONE]
+    unit = tokens * model.hidden * wide / 2
+    peak = max(
+        state_bytes * end.parameters
+        + copy_bytes * end.gathered
+        + (kept * end.layers + working) * unit
+        + (_LOGIT_BYTES + wide) * tokens * end.logits
+        for end in _ends(model, mesh.pp)
+    )
+    return int(peak / mesh.tp)

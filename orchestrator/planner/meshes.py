@@ -11,13 +11,13 @@ from orchestrator.planner.legality import Legal
 from orchestrator.planner.pool import Pool
 
 _ALL_UP_TO = 16
-_LEAST_SHARDED = 8
-"""Replicating the whole state (`dp_replicate`) is left to large jobs unless the job file speaks of it: under this many
-shards it costs memory and saves little."""
+_SHARDED = (8, 32, 128, 512)
+"""Sizes of `dp_shard` beside which replicating the whole state (`dp_replicate`) is tried where the job file does not
+speak of it: with fewer shards it costs memory and saves little."""
 
 
 def meshes(spec: JobSpec, pool: Pool, legal: Legal, previous: Mesh | None) -> list[Mesh]:
-    """Legal meshes of `spec` on `pool` that occupy at least `min_nodes` devices, most devices first."""
+    """Legal meshes of `spec` on `pool` that occupy at least `min_nodes` devices, in no order."""
     found = set()
     for tp in legal.tp:
         for pp in legal.pp:
@@ -28,9 +28,7 @@ def meshes(spec: JobSpec, pool: Pool, legal: Legal, previous: Mesh | None) -> li
                 found.add(Mesh(pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp))
     if previous is not None and _fits(spec, pool, legal, previous):
         found.add(previous)
-    return sorted(
-        (mesh for mesh in found if mesh.world_size >= spec.min_nodes), key=lambda mesh: (-mesh.world_size, mesh)
-    )
+    return [mesh for mesh in found if mesh.world_size >= spec.min_nodes]
 
 
 def _data_parallel(spec: JobSpec, legal: Legal, most: int) -> Iterator[tuple[int, int]]:
@@ -48,9 +46,9 @@ def _replicate_sizes(spec: JobSpec, legal: Legal, most: int) -> list[int]:
     if "dp_replicate" in spec.parallelism and top <= bounds.min + _ALL_UP_TO:
         return list(range(bounds.min, top + 1))
     sizes = {bounds.min, top, bounds.prefer or bounds.min, most // shard.max}
-    sizes |= {2**power for power in range(top.bit_length()) if most // 2**power >= _LEAST_SHARDED}
+    sizes |= {most // shards for shards in _SHARDED if shards < most}
     if "dp_replicate" not in spec.parallelism:
-        sizes -= {size for size in sizes if size > 1 and most // size < _LEAST_SHARDED and most // size < shard.max}
+        sizes -= {size for size in sizes if size > 1 and most // size < _SHARDED[0] and most // size < shard.max}
     return sorted(size for size in sizes if bounds.min <= size <= top)
 
 

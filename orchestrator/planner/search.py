@@ -62,9 +62,9 @@ def _explore(spec: JobSpec, candidates: Sequence[Pool], previous: Mesh | None) -
         if len(pool.nodes) < spec.min_nodes:
             continue
         options = meshes(spec, pool, legal(spec, pool.devices), previous)
-        for mesh in options:
-            hopeless = len(options) > _PRUNE_FROM and shortest(spec, pool, mesh) > _HOPELESS * fastest
-            if hopeless and not honoured(spec, mesh):
+        bounded = sorted((shortest(spec, pool, mesh), -mesh.world_size, mesh.sizes, mesh) for mesh in options)
+        for at_least, *_, mesh in bounded:
+            if len(options) > _PRUNE_FROM and at_least > _HOPELESS * fastest and not honoured(spec, mesh):
                 continue
             result = estimate(spec, pool, mesh)
             if isinstance(result, TooBig):
