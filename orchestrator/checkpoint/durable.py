@@ -16,7 +16,7 @@ LOCK = "lock"
 
 
 def temporary(path: Path) -> Path:
-    """Where this process writes what will be renamed to `path`; what a crash leaves there is never read."""
+    """Where this process writes what is then renamed to `path`; what a crash leaves there is never read."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -38,14 +38,13 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def replace_durably(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one atomic step, durable when this returns."""
-    written = temporary(path)
-    try:
-        write_synced(written, data)
-        written.replace(path)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
+    """Put `data` at `path` in one atomic step, durable when this returns. Only under the exclusive lock.
+
+    What a crash leaves behind has a fixed name, so that the next attempt writes over it.
+    """
+    written = path.with_name(f".{path.name}.tmp")
+    write_synced(written, data)
+    written.replace(path)
     sync_directory(path.parent)
 
 
@@ -56,7 +55,12 @@ def locked(root: Path, *, shared: bool = False, patience_s: float = 30.0) -> Ite
     The kernel drops it when the process dies. Raises `CheckpointError` when it is not free within `patience_s`: its
     holders need milliseconds, so one that keeps it is stopped or on a host that is gone.
     """
-    descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint lock {root / LOCK} cannot be opened ({error.strerror}): make the directory writable"
+        ) from error
     try:
         _acquire(root, descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, time.monotonic() + patience_s)
         try:

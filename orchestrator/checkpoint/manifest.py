@@ -162,6 +162,7 @@ def decode_part(text: bytes, file: str) -> PartManifest:
         state=fields.mapping("state"),
     )
     _check_names(part, file)
+    _check_groups(part, file)
     _check_tiling(part, file)
     return part
 
@@ -217,6 +218,16 @@ def _check_names(part: PartManifest, file: str) -> None:
         if tensor.name in seen:
             raise corrupt(file, "it is listed twice", tensor.name)
         seen.add(tensor.name)
+
+
+def _check_groups(part: PartManifest, file: str) -> None:
+    groups = part.state.get("param_groups", [])
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise corrupt(file, "its state's param_groups is not a list of objects")
+    for group in groups:
+        names = group.get("params", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise corrupt(file, "its state's param_groups do not list parameter names")
 
 
 def _check_tiling(part: PartManifest, file: str) -> None:

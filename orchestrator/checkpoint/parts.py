@@ -46,12 +46,7 @@ def load_manifest(root: Path, path: str) -> Manifest:
 def load_part(directory: Path, entry: PartEntry, *, step: int, generation: int, world_size: int) -> PartManifest:
     """The part manifest that `entry` stands for, its digest, its place and its data file's size checked."""
     file = directory / part_name(entry.rank)
-    try:
-        text = _read(file)
-    except FileNotFoundError as error:
-        raise corrupt(_label(file), "it is missing") from error
-    if digest_of(text) != entry.digest:
-        raise corrupt(_label(file), "its checksum is not the one that was reported for it")
+    text = read_part(directory, entry)
     part = decode_part(text, _label(file))
     if (part.rank, part.step, part.generation, part.world_size) != (entry.rank, step, generation, world_size):
         raise corrupt(
@@ -64,12 +59,26 @@ def load_part(directory: Path, entry: PartEntry, *, step: int, generation: int, 
     return part
 
 
+def read_part(directory: Path, entry: PartEntry) -> bytes:
+    """The bytes of the part manifest that `entry` stands for, its digest checked."""
+    file = directory / part_name(entry.rank)
+    try:
+        text = _read(file)
+    except FileNotFoundError as error:
+        raise corrupt(_label(file), "it is missing") from error
+    if digest_of(text) != entry.digest:
+        raise corrupt(_label(file), "its checksum is not the one that was reported for it")
+    return text
+
+
 def require_size(file: Path, part: PartManifest) -> None:
     """Raises `CorruptCheckpoint`, naming the first tensor concerned, unless the data file is as long as it was."""
     try:
         size_bytes = file.stat().st_size
     except FileNotFoundError as error:
         raise corrupt(_label(file), "it is missing", _first_beyond(part, 0)) from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file {file} cannot be read ({error.strerror}): make it readable") from error
     if size_bytes != part.file_bytes:
         raise corrupt(
             _label(file), f"it has {size_bytes} bytes instead of {part.file_bytes}", _first_beyond(part, size_bytes)

@@ -81,9 +81,9 @@ def overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     if len(solid) < 2:
         return None
     dimensions = range(len(solid[0].offsets))
-    along = max(dimensions, key=lambda dim: len({box.offsets[dim] for box in solid}), default=None)
-    if along is None:
+    if not dimensions:
         return solid[0], solid[1]
+    along = max(dimensions, key=lambda dim: len({box.offsets[dim] for box in solid}))
     solid.sort(key=lambda box: box.offsets[along])
     active: list[tuple[int, int]] = []  # (end, index) of the boxes that reach beyond the sweep's position
     for index, box in enumerate(solid):
@@ -117,29 +117,3 @@ def flaw(shape: tuple[int, ...], boxes: Iterable[Box]) -> str | None:
 def _without(box: Box, other: Box) -> Iterable[Box]:
     shared = intersect(box, other)
     return (box,) if shared is None else subtract(box, shared)
-
-
-def byte_runs(sizes: tuple[int, ...], part: Box, item_bytes: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) in bytes of the contiguous runs, ascending, that hold `part` of a row-major array of `sizes`."""
-    if part.elements == 0:
-        return
-    run, inner = item_bytes, len(sizes)  # dimensions from `inner` on are taken whole: one run
-    while inner and part.sizes[inner - 1] == sizes[inner - 1]:
-        inner -= 1
-        run *= sizes[inner]
-    strides = [item_bytes] * len(sizes)
-    for dim in range(len(sizes) - 2, -1, -1):
-        strides[dim] = strides[dim + 1] * sizes[dim + 1]
-    base = sum(start * stride for start, stride in zip(part.offsets, strides, strict=True))
-    if inner == 0:
-        yield base, run
-        return
-    yield from _runs(base, part.sizes[: inner - 1], strides, run * part.sizes[inner - 1])
-
-
-def _runs(base: int, counts: tuple[int, ...], strides: list[int], length: int) -> Iterator[tuple[int, int]]:
-    if not counts:
-        yield base, length
-        return
-    for index in range(counts[0]):
-        yield from _runs(base + index * strides[0], counts[1:], strides[1:], length)

@@ -26,14 +26,16 @@ from orchestrator.checkpoint.manifest import (
     encode_manifest,
     part_name,
 )
-from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts
+from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts, read_part
 from orchestrator.checkpoint.reshard import flaw
-from orchestrator.checkpoint.root import checkpoint_directory, create_root, list_root, parse_root
+from orchestrator.checkpoint.root import create_root, list_root, parse_root
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint, InvalidInput, Refused
 from orchestrator.core.types import SaveReport
 
 FENCE = "fence"
 """Name of the file that holds the newest generation that has begun."""
+_HIDDEN = ".removed-"
+"""Prefix of directories that are being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +124,8 @@ def commit(root: str | Path, *, generation: int, step: int, world_size: int, par
         if done is not None:
             return done
         _require_newest(base, generation)
-        # A part may have been replaced since it was checked; from here on it cannot be.
-        for entry in entries:
-            load_part(directory, entry, step=step, generation=generation, world_size=world_size)
+        for entry in entries:  # a part may have been replaced since it was checked; from here on it cannot be
+            read_part(directory, entry)
         seconds = max(part.write_s for part in parts) + time.perf_counter() - began
         manifest = Manifest(generation, step, seconds, entries)
         replace_durably(directory / MANIFEST, encode_manifest(manifest))
@@ -220,30 +221,36 @@ def prune(root: str | Path, keep_last: int, protect: Collection[int | str] = (),
     """Remove all but the newest `keep_last` committed checkpoints and those in `protect` (steps or paths).
 
     Also removes what was never committed and never will be: directories of generations before `live_generation`, and
-    those of the live generation before its newest committed step. Returns the names that were removed. A crash in
-    between leaves no checkpoint half there: its manifest goes first.
+    those of the live generation before its newest committed step. Returns the names that were removed. A checkpoint
+    disappears in one atomic step: a crash leaves it whole or, under a name that no reader looks at, for the next time.
     """
     if keep_last < 1:
         raise InvalidInput(f"{keep_last} checkpoints cannot be kept: keep at least 1")
     base = parse_root(root)
+    present = list_root(base)
+    if not present:
+        return []
     kept = committed(base)
-    removed = []
-    for one in kept[keep_last:]:
-        if one.step not in protect and one.path not in protect:
-            with locked(base):
-                (base / one.path / MANIFEST).unlink(missing_ok=True)
-                sync_directory(base / one.path)
-            _remove(base, one.path)
-            removed.append(one.path)
+    old = [one.path for one in kept[keep_last:] if one.step not in protect and one.path not in protect]
     newest = max((one.step for one in kept if one.generation == live_generation), default=-1)
-    for step, generation, name in sorted(list_root(base)):
-        garbage = generation < live_generation or (generation == live_generation and step < newest)
-        if garbage and not (base / name / MANIFEST).exists():
-            _remove(base, name)
-            removed.append(name)
+    garbage = [
+        name
+        for step, generation, name in sorted(present)
+        if generation < live_generation or (generation == live_generation and step < newest)
+    ]
+    with locked(base):
+        removed = [name for name in old if _hide(base, name)]
+        removed += [name for name in garbage if not (base / name / MANIFEST).exists() and _hide(base, name)]
+        sync_directory(base)
+    for hidden in base.glob(f"{_HIDDEN}*"):
+        shutil.rmtree(hidden, ignore_errors=True)
     return removed
 
 
-def _remove(root: Path, name: str) -> None:
-    """Remove a directory that is not committed; what a slow writer adds meanwhile is left for the next time."""
-    shutil.rmtree(checkpoint_directory(root, name), ignore_errors=True)
+def _hide(root: Path, name: str) -> bool:
+    """Take a checkpoint's directory out of sight; False when it is gone already."""
+    try:
+        (root / name).rename(root / f"{_HIDDEN}{name}-{time.time_ns()}")
+    except FileNotFoundError:
+        return False
+    return True

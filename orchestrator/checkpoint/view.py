@@ -101,6 +101,10 @@ class UniversalView:
                 descriptor = os.open(self.directory / file, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
                 raise corrupt(self._label(file), "it is missing", tensor) from error
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint file {self.directory / file} cannot be read ({error.strerror}): make it readable"
+                ) from error
             try:
                 if os.fstat(descriptor).st_size == 0:
                     raise corrupt(self._label(file), "it is empty", tensor)

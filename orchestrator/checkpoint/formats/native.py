@@ -87,8 +87,7 @@ def write_part(
     _require_jsonable(state)
     require_space(base, file_bytes + MANIFEST_ROOM_BYTES)
     directory = _make_directory(base, directory_name(step, generation))
-    data, manifest = directory / data_name(rank), directory / part_name(rank)
-    new_data, new_manifest = temporary(data), temporary(manifest)
+    new_data, new_manifest = temporary(directory / data_name(rank)), temporary(directory / part_name(rank))
     try:
         digests = _write_data(new_data, header, solid)
         tensors = _tensors(pieces, solid, digests, len(header))
@@ -97,7 +96,7 @@ def write_part(
         )
         text = encode_part(part)
         write_synced(new_manifest, text)
-        _put(base, directory, {new_data: data, new_manifest: manifest}, text)
+        _put(directory, rank, new_data, new_manifest, text)
     except OSError as error:
         raise _failed(error, directory, rank) from error
     finally:
@@ -107,7 +106,7 @@ def write_part(
         generation=generation,
         step=step,
         rank=rank,
-        part=f"{directory.name}/{manifest.name}",
+        part=f"{directory.name}/{part_name(rank)}",
         digest=digest_of(text),
         size_bytes=file_bytes + len(text),
         stall_s=stall_s,
@@ -162,8 +161,22 @@ def _require_jsonable(state: dict[str, Any]) -> None:
         json.dumps(state)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"the state to save is not JSON-able ({error}): save numbers, strings, lists and maps"
+            f"the state to save is not JSON-able ({error}): save numbers, strings, lists and mappings"
         ) from error
+    _require_text_keys(state, "the state")
+
+
+def _require_text_keys(value: Any, where: str) -> None:
+    """JSON would turn other keys into strings without a word, and the state restored would be another one."""
+    if isinstance(value, dict):
+        for key, member in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} to save has the key {key!r}: JSON keeps string keys only, convert it")
+            _require_text_keys(member, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for member in value:
+            if isinstance(member, dict | list | tuple):
+                _require_text_keys(member, where)
 
 
 def _make_directory(root: Path, name: str) -> Path:
@@ -209,17 +222,20 @@ def _tensors(
     )
 
 
-def _put(root: Path, directory: Path, renames: dict[Path, Path], text: bytes) -> None:
-    """Rename both files into place, unless the step is committed: then they must be what is there already."""
-    with locked(root, shared=True):
+def _put(directory: Path, rank: int, new_data: Path, new_manifest: Path, text: bytes) -> None:
+    """Rename both files into place, unless they are there already; a committed step accepts no others."""
+    data, manifest = directory / data_name(rank), directory / part_name(rank)
+    with locked(directory.parent, shared=True):
+        if manifest.exists() and data.exists() and manifest.read_bytes() == text:
+            return
         if (directory / MANIFEST).exists():
-            present = list(renames.values())[-1]
-            if present.exists() and present.read_bytes() == text:
-                return
             raise Refused(f"{directory} is committed already with other contents: save a later step")
-        require_fence(root, int(directory.name.rpartition("-")[2]))
-        for new, final in renames.items():
-            new.replace(final)
+        if manifest.exists():
+            # From an earlier process of this generation: it must never describe the data that come now.
+            manifest.unlink()
+            sync_directory(directory)
+        new_data.replace(data)
+        new_manifest.replace(manifest)
         sync_directory(directory)
 
 
