@@ -130,7 +130,7 @@ class Controller:
             now_s = self._clock()
             effects = Effects(spec, self._clock)
             found = await asyncio.to_thread(effects.found, now_s)
-            taken = max([one.generation for one in found], default=0)
+            taken = await asyncio.to_thread(effects.newest_generation)
             if self._job is not None:
                 taken = max(taken, self._job.history.number)
             facts: list[Fact] = [JobAccepted(now_s, spec, taken), *found]

@@ -92,6 +92,10 @@ class Effects:
         else:
             store.prune(uri, command.keep_last, command.protect, command.live_generation)
 
+    def newest_generation(self) -> int:
+        """Highest generation that ever wrote to the store or was announced to it; 0 when none."""
+        return store.newest_generation(self.spec.checkpoint.uri)
+
     def found(self, time_s: float) -> list[CheckpointRecorded]:
         """Checkpoints that are committed in the store, oldest first; raises `CheckpointError` when it is unreadable."""
         return [
