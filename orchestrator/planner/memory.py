@@ -4,8 +4,8 @@ States: 16 bytes per parameter (fp32 master, gradient and the two moments of Ada
 arXiv:1910.02054), divided over `dp_shard`. Gathered parameters: two layers without a pipeline, the whole stage with
 one (it is not gathered again for every micro-batch). Activations: 34 bytes per token and hidden unit of a layer in
 bf16 with fused attention, 2 for its input alone under full recomputation (Korthikanti et al. 2022, arXiv:2205.05198),
-divided over `tp` by sequence parallelism. Every micro-batch of a pipeline is taken as in flight (GPipe): a 1F1B
-schedule needs less.
+divided over `tp` by sequence parallelism. A pipeline is taken to run 1F1B: its first stage keeps as many micro-batches
+as there are stages, its last keeps one. (GPipe would keep all.)
 """
 
 from __future__ import annotations
@@ -61,17 +61,16 @@ def peak_bytes(
     """Estimated peak on the fullest device: the larger of the first stage (embedding) and the last (logits)."""
     tokens = micro_batch * model.seq_length
     wide = device.number_bytes
-    in_flight = micro_batches if mesh.pp > 1 else 1
     state_bytes = _STATE_BYTES / mesh.dp_shard
     # A lone fp32 shard is used where it lies; anything else is gathered, or cast to bf16.
     copy_bytes = wide if mesh.dp_shard > 1 or wide < 4 else 0
-    kept = _ACTIVATION_BYTES[recomputation] * in_flight
+    kept = _ACTIVATION_BYTES[recomputation]
     working = 0 if recomputation is Recomputation.NONE else _ACTIVATION_BYTES[Recomputation.NONE]
     unit = tokens * model.hidden * wide / 2
     peak = max(
         state_bytes * end.parameters
         + copy_bytes * end.gathered
-        + (kept * end.layers + working) * unit
+        + (kept * end.layers * (1 if end.logits else min(micro_batches, mesh.pp)) + working) * unit
         + (_LOGIT_BYTES + wide) * tokens * end.logits
         for end in _ends(model, mesh.pp)
     )
