@@ -15,7 +15,7 @@ from orchestrator.core.errors import RegrowError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run an agent; returns its exit code: 0 after SIGTERM or SIGINT, else that of the error (one sentence on stderr)."""
+    """Run an agent; returns 0 after SIGTERM or SIGINT, else the exit code of the error that it says on stderr."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         settings = parse(argv, os.environ)

@@ -23,7 +23,7 @@ ELASTIC = -1
 """In the place of a rank: the elastic process."""
 
 Receive = Callable[[int, int, dict[str, Any]], None]
-"""Called with generation, rank (or `ELASTIC`) and message; its KeyError, TypeError and ValueError close the connection."""
+"""Called with generation, rank (or `ELASTIC`) and message; raises KeyError, TypeError or ValueError to hang up."""
 
 
 class Channel:

@@ -11,11 +11,15 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+
+KERNEL_LISTS_CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children").exists()
+"""False where the kernel was built without CONFIG_PROC_CHILDREN."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,8 +58,8 @@ def sweep(reaped: Callable[[int, int], None] | None = None, *, block: bool = Fal
     The caller must have adopted orphans, or grandchildren may escape.
     """
     while True:
-        for process in psutil.Process().children(recursive=True):
-            _kill(process.pid)
+        for pid in descendants(os.getpid()):
+            _kill(pid)
         try:
             pid, status = os.waitpid(-1, 0 if block else os.WNOHANG)
         except ChildProcessError:
@@ -64,6 +68,24 @@ def sweep(reaped: Callable[[int, int], None] | None = None, *, block: bool = Fal
             return False
         if reaped is not None:
             reaped(pid, os.waitstatus_to_exitcode(status))
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of all processes below `pid`, dead but unreaped ones included."""
+    if not KERNEL_LISTS_CHILDREN:
+        return [process.pid for process in psutil.Process(pid).children(recursive=True)]  # looks at every process
+    try:
+        found = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
+    except (FileNotFoundError, ProcessLookupError):
+        return []  # it is gone
+    return found + [below for child in found for below in descendants(child)]
+
+
+def _children(task: Path) -> list[str]:
+    try:
+        return (task / "children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _kill(pid: int) -> None:

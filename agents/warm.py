@@ -25,8 +25,8 @@ LAST_RETRY_S = 5.0
 class WarmProcess:
     """Keeps one warm process alive while `run` runs.
 
-    `heard` gets each of its events, and `{"event": "died", "exit_code": c, "reason": text}` once it and everything below
-    it is gone.
+    `heard` gets each of its events, and `{"event": "died", "exit_code": c, "reason": text}` once it and everything
+    below it is gone.
     """
 
     def __init__(self, directory: Path, preload: str | None, heard: Callable[[dict[str, Any]], None]) -> None:
@@ -54,7 +54,7 @@ class WarmProcess:
                 await self._bury()
                 await asyncio.sleep(retry_s)
         finally:
-            self.kill()
+            await self._end()
 
     def launch(self, **launch: str) -> None:
         """Fork an elastic process; only while `warm`."""
@@ -69,8 +69,8 @@ class WarmProcess:
     async def _start(self) -> asyncio.StreamReader:
         ours, theirs = socket.socketpair()
         with theirs, self.log_path.open("ab") as output:
-            # Popen and not asyncio's: the death signal follows the thread that forks, which must be the main one.
-            self._process = subprocess.Popen(
+            # Not asyncio's: the death signal follows the thread that forks, which must be the main one.
+            self._process = subprocess.Popen(  # noqa: ASYNC220  # a fork and no waiting
                 self._command(theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -92,17 +92,23 @@ class WarmProcess:
                 self.warm = self.warm or event["event"] == "warm"
                 self._heard(event)
 
+    async def _end(self) -> int:
+        """Kill the process and all below it, wait until they are gone; the exit code of the process."""
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
+        process.kill()
+        while process.poll() is None:  # noqa: ASYNC110  # the kernel sets no event
+            await asyncio.sleep(0.002)
+        while not sweep():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        return process.returncode
+
     async def _bury(self) -> None:
-        assert self._process is not None
         assert self._writer is not None
         was_warm, self.warm = self.warm, False
         self._writer.close()
-        self._process.kill()
-        while self._process.poll() is None:
-            await asyncio.sleep(0.002)
-        exit_code, self._process = self._process.returncode, None
-        while not sweep():
-            await asyncio.sleep(0.002)
+        exit_code = await self._end()
         doing = "while it was ready" if was_warm else f"while importing ({self._last_line()})"
         reason = f"the warm process ended with {signal_name(exit_code)} {doing}"
         log.warning("%s; starting another one", reason)

@@ -1,9 +1,9 @@
 """The warm process: imports torch once, then forks an elastic process for every launch.
 
 `python -m agents.torchrun.zygote --commands FD --parent PID [--preload MODULE]`. On the socket FD it is told
-`{"launch": {...}}` and answers `{"event": "warm"}`, `{"event": "launched", "pid": p}` and, once nothing of the launch is
-alive any more, `{"event": "gone", "exit_code": c, "reaped": {pid: exit code}}`. It has one thread and uses no part of
-torch that starts one, or its forks could hang.
+`{"launch": {...}}` and answers `{"event": "warm"}`, `{"event": "launched", "pid": p}` and, once nothing of the launch
+is alive any more, `{"event": "gone", "exit_code": c, "reaped": {pid: exit code}}`. It has one thread and uses no part
+of torch that starts one, or its forks could hang.
 """
 
 from __future__ import annotations
