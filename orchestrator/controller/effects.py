@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import structlog
+
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.verify import verify
 from orchestrator.core.commands import CommitCheckpoint, FenceCheckpoints, MakePlan, PrepareCheckpoint, PruneCheckpoints
@@ -19,10 +21,13 @@ from orchestrator.core.events import (
     Event,
     PlanImpossible,
     PlanMade,
+    StoreTaken,
 )
 from orchestrator.core.facts import CheckpointRecorded
 from orchestrator.core.spec import JobSpec
 from orchestrator.planner import Infeasible, plan
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -51,9 +56,12 @@ class Effects:
             case CommitCheckpoint():
                 async with self._writing:
                     return await asyncio.to_thread(self._commit, command)
-            case FenceCheckpoints() | PruneCheckpoints():
+            case FenceCheckpoints():
                 async with self._writing:
-                    await asyncio.to_thread(self._tidy, command)
+                    return await asyncio.to_thread(self._fence, command)
+            case PruneCheckpoints():
+                async with self._writing:
+                    await asyncio.to_thread(self._prune, command)
                 return None
 
     def _plan(self, command: MakePlan) -> Event:
@@ -82,15 +90,41 @@ class Effects:
                 parts=command.parts,
             )
         except (RegrowError, OSError) as error:
-            return CommitFailed(self.clock(), command.generation, command.step, str(error))
+            return self._taken(command.generation) or CommitFailed(
+                self.clock(), command.generation, command.step, str(error)
+            )
         return CheckpointCommitted(self.clock(), command.generation, command.step, done.path, done.size_bytes)
 
-    def _tidy(self, command: FenceCheckpoints | PruneCheckpoints) -> None:
+    def _fence(self, command: FenceCheckpoints) -> Event | None:
+        try:
+            store.fence(self.spec.checkpoint.uri, command.generation)
+        except (RegrowError, OSError) as error:
+            taken = self._taken(command.generation)
+            if taken is None:
+                log.warning("checkpoints could not be fenced", error=str(error))
+            return taken
+        return None
+
+    def _taken(self, generation: int) -> StoreTaken | None:
+        """The answer when a generation newer than ours has begun in the store."""
         uri = self.spec.checkpoint.uri
-        if isinstance(command, FenceCheckpoints):
-            store.fence(uri, command.generation)
-        else:
-            store.prune(uri, command.keep_last, command.protect, command.live_generation)
+        try:
+            newest = store.fenced(uri)
+        except (RegrowError, OSError):
+            return None
+        if newest <= generation:
+            return None
+        return StoreTaken(
+            self.clock(),
+            f"generation {newest} of another controller writes to {uri} while this one is at {generation}: "
+            "give each run checkpoints of its own, or stop the other",
+        )
+
+    def _prune(self, command: PruneCheckpoints) -> None:
+        try:
+            store.prune(self.spec.checkpoint.uri, command.keep_last, command.protect, command.live_generation)
+        except (RegrowError, OSError) as error:
+            log.warning("checkpoints could not be pruned", error=str(error))
 
     def newest_generation(self) -> int:
         """Highest generation that ever wrote to the store or was announced to it; 0 when none."""

@@ -50,7 +50,7 @@ class CommitCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class FenceCheckpoints:
-    """Refuse every later commit of a generation older than this one."""
+    """Refuse every later commit of a generation older than this one; answered only if it is too late (`StoreTaken`)."""
 
     generation: int
 

@@ -95,6 +95,14 @@ class CommitFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreTaken:
+    """A generation newer than any of this job's writes to its checkpoints: somebody else runs the job, too."""
+
+    time_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class DrainOrdered:
     """A user wants (or no longer wants) a node to be left out."""
 
@@ -120,6 +128,7 @@ Event = (
     | CheckpointUnusable
     | CheckpointCommitted
     | CommitFailed
+    | StoreTaken
     | DrainOrdered
     | StopOrdered
 )

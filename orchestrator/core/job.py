@@ -27,6 +27,7 @@ from orchestrator.core.events import (
     PlanImpossible,
     PlanMade,
     StopOrdered,
+    StoreTaken,
     Tick,
 )
 from orchestrator.core.facts import (
@@ -88,6 +89,9 @@ class Job(LiveJob):
                 self._observe_prepared(event)
             case CheckpointCommitted() | CommitFailed():
                 self._observe_commit(event)
+            case StoreTaken():
+                if not self.history.ended:
+                    self._finish(Phase.FAILED, event.reason)
             case DrainOrdered():
                 if (event.node in self.history.drained) != event.drained:
                     self._record(NodeDrained(self.now_s, event.node, event.drained))
