@@ -1,7 +1,6 @@
 """The command `regrow`: arguments in, a frontend's function called, one sentence and an exit code out.
 
-Every command is a module of its own, imported when it is asked for; what it needs beyond the standard library it
-imports when it runs.
+Commands import what they need beyond the command line itself when they run: `regrow --help` stays fast.
 """
 
 from orchestrator.cli.program import main

@@ -9,6 +9,12 @@ from importlib.metadata import version
 
 from cyclopts import App, CycloptsError
 
+from orchestrator.cli.agent import agent
+from orchestrator.cli.checkpoint import app as checkpoint
+from orchestrator.cli.plan import plan
+from orchestrator.cli.remote import drain, status, stop, submit, undrain
+from orchestrator.cli.run import run
+from orchestrator.cli.serve import serve
 from orchestrator.core.errors import InvalidInput, RegrowError
 
 EXIT_CODES = (
@@ -17,16 +23,7 @@ EXIT_CODES = (
     "7 the job FAILED; 8 losses or samples differ (run --compare); 130 or 143 ended by SIGINT or SIGTERM."
 )
 
-_COMMANDS = {
-    "run": "run:run",
-    "serve": "serve:serve",
-    "agent": "agent:agent",
-    "submit": "remote:submit",
-    "status": "remote:status",
-    "drain": "remote:drain",
-    "undrain": "remote:undrain",
-    "stop": "remote:stop",
-}
+COMMANDS = (run, serve, agent, submit, status, drain, undrain, stop, plan)
 
 
 def create_app() -> App:
@@ -39,8 +36,9 @@ def create_app() -> App:
         version=lambda: version("regrow"),
         result_action="return_value",
     )
-    for name, target in _COMMANDS.items():
-        app.command(f"orchestrator.cli.{target}", name=name)
+    for command in COMMANDS:
+        app.command(command)
+    app.command(checkpoint)
     return app
 
 
@@ -49,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["agent"]:
-            from orchestrator.cli.agent import agent
-
             agent(*given[1:])
         return create_app()(given, exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
@@ -79,4 +75,5 @@ def _one_line(text: str) -> str:
 
 
 def _command(given: Sequence[str]) -> list[str]:
-    return [f"{name} " for name in given[:1] if name in _COMMANDS]
+    names = {command.__name__ for command in COMMANDS} | {"checkpoint"}
+    return [f"{name} " for name in given[:1] if name in names]

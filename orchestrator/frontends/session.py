@@ -15,7 +15,7 @@ from rich.text import Text
 from orchestrator.core.errors import InvalidInput
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.status import STAGES, JobStatus, Phase
-from orchestrator.frontends import local
+from orchestrator.frontends import local, report
 from orchestrator.frontends.faults import Fault
 from orchestrator.frontends.summary import Compared, compare, summarize, verdict
 from orchestrator.frontends.view import View, plan_text
@@ -68,7 +68,8 @@ def run(wanted: Wanted, view: View) -> Result:
             undisturbed = _undisturbed(wanted, directory / "undisturbed", view)
     compared = compare(disturbed, undisturbed) if undisturbed is not None else None
     exit_code, sentence = verdict(disturbed, compared)
-    summary = summarize(disturbed, compared, "")
+    summary = summarize(disturbed, compared, str(disturbed.directory / report.NAME))
+    report.write_report(disturbed, undisturbed, summary, compared.sentence if compared is not None else sentence)
     return Result(summary, disturbed.status, compared, exit_code, sentence)
 
 
@@ -95,6 +96,7 @@ def show(result: Result) -> None:
     console.print(Text(f"job {status.name} {status.phase} at step {status.step} in generation {status.generation}"))
     if result.compared is not None and result.compared.equal:
         console.print(Text(result.compared.sentence))
+    console.print(Text(f"report: {result.summary['report']}"))
     if status.failure is not None and status.failure.traceback:
         console.print(Text(status.failure.traceback.rstrip()))
 

@@ -1,0 +1,129 @@
+"""`regrow plan`."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from orchestrator.cli.options import JobFile, Json
+from orchestrator.core.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from orchestrator.core.types import NodeCapacity
+    from orchestrator.planner import Candidate, Planned
+
+_NODES = "Nodes x devices : kind, for example 7x8:h100, or 3x8:h100,1x4:h100. Kind: a name of the catalogue; else cpu."
+_LOSE = "Then lose these nodes: a number of them, or names (node-3,node-5). Repeatable for one loss after another."
+_GROUP = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,3})(?::([A-Za-z0-9][\w .-]*))?")
+
+
+def plan(
+    job: JobFile,
+    /,
+    *,
+    nodes: Annotated[str, Parameter(help=_NODES)],
+    lose: Annotated[list[str] | None, Parameter(negative="", help=_LOSE)] = None,
+    json: Json = False,
+) -> None:
+    """Rank the plans for a job on a set of nodes, and the plans after losses; every plan says why.
+
+    Example: regrow plan job.yaml --nodes 7x8:h100 --lose node-3
+    """
+    from orchestrator import jobfile, planner
+
+    spec = jobfile.load(job)
+    capacity = _capacity(nodes)
+    found = _found(planner.plan(spec, capacity))
+    rounds = [("at first", found)]
+    for text in lose or []:
+        gone = _lost(text, [node.node for node in capacity])
+        capacity = [node for node in capacity if node.node not in gone]
+        found = _found(planner.plan(spec, capacity, found.plan, found.assignment))
+        rounds.append((f"without {', '.join(gone)}", found))
+    if json:
+        print(jsonlib.dumps({"rounds": [{"when": when} | _data(one) for when, one in rounds]}))
+    else:
+        for when, one in rounds:
+            _show(when, one)
+
+
+def _capacity(text: str) -> list[NodeCapacity]:
+    from orchestrator.core.types import NodeCapacity
+    from orchestrator.planner.hardware import CATALOGUE, find
+
+    found: list[NodeCapacity] = []
+    for group in text.split(","):
+        match = _GROUP.fullmatch(group.strip())
+        if match is None:
+            raise InvalidInput(f"--nodes {text!r} cannot be read: write nodes x devices : kind, for example 7x8:h100")
+        kind = match[3] or "cpu"
+        device = find(kind)
+        if device is None:
+            raise InvalidInput(f"--nodes {text!r} names the unknown device {kind!r}: known are {', '.join(CATALOGUE)}")
+        first = len(found) + 1
+        names = [f"node-{number}" for number in range(first, first + int(match[1]))]
+        found += [NodeCapacity(name, int(match[2]), device.memory_bytes, device.name) for name in names]
+    return found
+
+
+def _lost(text: str, names: list[str]) -> list[str]:
+    if text.strip().isdecimal():
+        if not 0 < int(text) < len(names):
+            raise InvalidInput(f"--lose {text!r}: of {len(names)} nodes, lose at least one and leave at least one")
+        return names[-int(text) :]
+    gone = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in gone if name not in names]:
+        known = ", ".join(names if len(names) <= 8 else [*names[:3], "...", names[-1]])
+        raise InvalidInput(f"--lose {text!r} names {unknown[0]!r}, but the nodes are {known}")
+    return gone
+
+
+def _found(answer: Any) -> Planned:
+    from orchestrator.planner import Infeasible, Planned
+
+    if isinstance(answer, Infeasible):
+        raise InvalidInput(answer.reason)
+    assert isinstance(answer, Planned)
+    return answer
+
+
+def _data(found: Planned) -> dict[str, Any]:
+    from orchestrator import wire
+
+    return {
+        "plan": wire.to_data(found.plan),
+        "assignment": wire.to_data(found.assignment),
+        "alternatives": [wire.to_data(one.plan) for one in found.alternatives],
+        "rejected": [{"what": one.what, "reason": one.reason} for one in found.rejected],
+    }
+
+
+def _show(when: str, found: Planned) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text.assemble((f"{when}: ", "bold"), (str(found.plan.mesh), "bold green"), f"\n{found.plan.reason}"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "mesh", "devices", "samples", "batches", "recompute", "memory", "step"):
+        table.add_column(column, overflow="fold")
+    candidates = [found.chosen, *found.alternatives]
+    for number, one in enumerate(candidates):
+        table.add_row("*" if number == 0 else str(number + 1), *_cells(one))
+    console.print(table)
+    for rejection in found.rejected:
+        console.print(Text(f"not {rejection.what}: {rejection.reason}", style="dim"))
+
+
+def _cells(one: Candidate) -> list[str]:
+    plan = one.plan
+    samples = sorted(set(plan.batch.samples), reverse=True)
+    memory = f"{plan.memory_bytes / 2**30:.1f} GiB" if plan.memory_bytes else "-"
+    step = f"{plan.step_s:.4g} s" if plan.step_s else "-"
+    batch = f"{plan.batch.micro_batches} of {plan.batch.micro_batch}"
+    return [str(plan.mesh), str(one.devices), "/".join(map(str, samples)), batch, str(plan.recomputation), memory, step]
