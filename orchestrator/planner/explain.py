@@ -81,9 +81,10 @@ def _memory(spec: JobSpec, taken: Estimate) -> Iterable[str]:
     if spec.model is None:
         yield "memory and step time not estimated because spec.model is not given"
         return
-    if not taken.pool.memory_bytes:
-        yield "memory not checked because not every node reports it"
-    unknown = {node.kind for node in taken.pool.nodes if find(spec.device_kind or node.kind) is None}
+    kinds = [(node, find(spec.device_kind or node.kind)) for node in taken.pool.nodes]
+    if any(node.memory_bytes == 0 and (kind is None or kind.memory_bytes == 0) for node, kind in kinds):
+        yield f"memory not checked where nodes do not report it (needs {gib(taken.memory_bytes)} per device)"
+    unknown = {node.kind for node, kind in kinds if kind is None}
     if unknown:
         yield f"{', '.join(sorted(unknown))} is not in the hardware catalogue, so seconds are rough"
 

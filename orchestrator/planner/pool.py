@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ class Pool:
     device: Device
     """The slowest of them."""
     memory_bytes: int
-    """The smallest of them; 0 when some is unknown."""
+    """The smallest that is known; 0 when none is."""
     _sizes: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     """(devices, number of nodes that have so many)."""
     _aligned: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -81,7 +82,8 @@ def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
             kept = [(node, device) for node, device in mine if _grade(node, device) >= lowest]
             slowest = min((device for _, device in kept), key=lambda device: (device.flops_per_s, device.name))
             memory = min(_memory(node, device) for node, device in kept)
-            found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, memory))
+            known = 0 if memory == math.inf else int(memory)
+            found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, known))
     return found
 
 
@@ -89,10 +91,11 @@ def _device(spec: JobSpec, node: NodeCapacity) -> Device:
     return find(spec.device_kind or node.kind) or _UNKNOWN
 
 
-def _memory(node: NodeCapacity, device: Device) -> int:
-    return node.memory_bytes or device.memory_bytes
+def _memory(node: NodeCapacity, device: Device) -> float:
+    return node.memory_bytes or device.memory_bytes or math.inf
 
 
-def _grade(node: NodeCapacity, device: Device) -> tuple[float, int]:
+def _grade(node: NodeCapacity, device: Device) -> tuple[float, float]:
     """Speed and memory in whole GiB: nodes of one grade are used together."""
-    return device.flops_per_s, (_memory(node, device) + GIB // 2) // GIB
+    memory = _memory(node, device)
+    return device.flops_per_s, memory if memory == math.inf else round(memory / GIB)

@@ -1,0 +1,61 @@
+"""Every refusal says what is wrong and the smallest change that would help."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.core.spec import AxisBounds, JobSpec
+from orchestrator.core.types import NodeCapacity
+from orchestrator.planner.hardware import GIB
+from tests.unit.planner.jobs import EXAMPLE, LLAMA_70B, infeasible, job, nodes, planned
+
+
+@pytest.mark.parametrize(
+    ("spec", "capacity", "reason", "needs"),
+    [
+        (job(min_nodes=1), [], "0 nodes with devices are available but the job needs 1", "1 more node"),
+        (job(min_nodes=4), nodes(2), "2 nodes with devices are available but the job needs 4", "2 more nodes"),
+        (job(), [NodeCapacity("a", 0)], "0 nodes with devices", "1 more node"),
+        (job(tp=2, pp=2), nodes(3), "the smallest legal mesh (pp 2 x tp 2) needs 4 devices", "1 more device"),
+        (job(tp=3), nodes(4), "tp 3 does not divide heads 8", "tp that allows 1 or 2 or 4"),
+        (job(tp=AxisBounds(8, 16)), nodes(16), "tp of at least 8 is more than the model allows", "1 or 2 or 4"),
+        (job(pp=9), nodes(16), "pp of at least 9 is more than the model allows", "5 or 6 or 7 or 8"),
+        (job(dp_shard=8, global_batch=4), nodes(8), "a batch of 4 cannot feed 8", "spec.batch.global of at least 8"),
+        (job(cp=2), nodes(4), "cp above 1 is not supported yet", "spec.parallelism.cp.min 1"),
+        (job(ep=2), nodes(4), "ep above 1 is not supported yet", "spec.parallelism.ep.min 1"),
+        (job(device_kind="h999"), nodes(4), "'h999' is not in the catalogue", "cpu, a100, h100"),
+        (job(None, global_batch=2, min_nodes=3), nodes(4), "no legal mesh uses between 3", "larger spec.batch.global"),
+    ],
+)
+def test_reason_and_need(spec: JobSpec, capacity: list[NodeCapacity], reason: str, needs: str) -> None:
+    answer = infeasible(spec, capacity)
+    assert reason in answer.reason
+    assert needs in answer.needs
+    assert answer.needs in answer.reason
+
+
+def test_the_missing_devices_are_enough() -> None:
+    spec = job(tp=2, pp=2)
+    assert infeasible(spec, nodes(3)).needs == "1 more device"
+    assert planned(spec, nodes(4)).plan.mesh.world_size == 4
+
+
+def test_nodes_beyond_the_maximum_are_pointed_at() -> None:
+    answer = infeasible(job(tp=4, max_nodes=2), nodes(4))
+    assert "or raise spec.nodes.max (2)" in answer.reason
+
+
+def test_too_little_memory_names_devices_that_would_do() -> None:
+    spec = job(LLAMA_70B, global_batch=1024)
+    answer = infeasible(spec, nodes(1, 8, "h100"))
+    assert "72 GiB of 80 GiB may be filled" in answer.reason
+    assert "about 16 devices of this kind" in answer.needs
+    assert any("needs" in item.reason for item in answer.rejected)
+    assert planned(spec, nodes(2, 8, "h100")).plan.memory_bytes <= 72 * GIB
+
+
+def test_too_little_memory_that_no_number_of_devices_heals() -> None:
+    answer = infeasible(job(replace(EXAMPLE, hidden=65536), tp=1), nodes(2, 1, "cpu", GIB // 2))
+    assert answer.needs.startswith("devices with ")
