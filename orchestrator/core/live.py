@@ -13,6 +13,7 @@ from orchestrator.core.facts import (
 from orchestrator.core.failure import RootCause, root_cause
 from orchestrator.core.fleet import Node, all_in, workers
 from orchestrator.core.hang import find_hang
+from orchestrator.core.health import SILENT_HEARTBEATS
 from orchestrator.core.spec import FailureClass
 from orchestrator.core.state import JobState
 from orchestrator.core.status import FailureStatus, Phase
@@ -71,7 +72,9 @@ class LiveJob(JobState):
         if node.restarted:
             return "its agent restarted"
         if node.report is not None and node.launch_of(history.number) is None:
-            if history.ran_s is not None:
+            # Its peers' first step may be heard of before its own first word about the launch.
+            late_s = SILENT_HEARTBEATS * history.spec.recovery.heartbeat_s
+            if history.ran_s is not None and node.heard_s - history.ran_s > late_s:
                 return "its agent no longer knows the generation"
             if node.launched > history.number:
                 return "it runs a newer generation"
