@@ -44,7 +44,7 @@ class Agent:
         )
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT; raises Refused when the controller does not accept the token."""
+        """Until SIGTERM or SIGINT; raises Refused or Conflict when the controller will not have this agent."""
         adopt_orphans()
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()

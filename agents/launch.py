@@ -202,15 +202,22 @@ class Launch:
         worker = self.workers[rank]
         worker.heard_s = now_s
         kind = message["type"]
-        if kind == "ready":
+        if kind == "hello" and worker.state is WorkerState.STARTING:
+            worker.state = WorkerState.RESTORING
+        elif kind == "ready":
             worker.state, worker.step, worker.progressed_s = WorkerState.READY, int(message["step"]), now_s
         elif kind == "progress":
             return self._progressed(worker, message, now_s)
         elif kind == "save":
-            self.saves.append(wire.from_data(message["report"], SaveReport))
+            self._saved(wire.from_data(message["report"], SaveReport))
         elif kind == "paused":
             self.paused_step = int(message["step"])
-        return kind in {"ready", "save", "paused"}
+        return kind in {"hello", "ready", "save", "paused"}
+
+    def _saved(self, report: SaveReport) -> None:
+        """A worker whose connection broke says the same again."""
+        if report not in self.saves:
+            self.saves.append(report)
 
     def _progressed(self, worker: Worker, message: dict[str, Any], now_s: float) -> bool:
         first = worker.state is not WorkerState.RUNNING

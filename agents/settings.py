@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from orchestrator.core.errors import InvalidInput
 
-PRELOAD = "orchestrator.trainer.preload"
-"""Module whose `preload()` the warm process calls, so that training scripts find their imports done."""
+PRELOAD = "orchestrator.trainer.session"
+"""Module that the warm process imports besides torch, so that training scripts find their imports done."""
 TOKEN_VARIABLE = "REGROW_TOKEN"  # noqa: S105  # the name of a variable
 
 
@@ -77,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help=f"file with the token, instead of {TOKEN_VARIABLE}"
     )
-    parser.add_argument(
-        "--preload", default=PRELOAD, metavar="MODULE", help="its preload() runs before the workers fork"
-    )
+    parser.add_argument("--preload", default=PRELOAD, metavar="MODULE", help="import this once for all workers")
     parser.add_argument("--parent", type=int, metavar="PID", help="die with this parent process")
     return parser
 

@@ -196,13 +196,12 @@ class Supervisor:
         if launch is None or launch.generation != generation:
             raise ValueError(f"it is of generation {generation}, which does not run here")
         now_s, urgent = time.monotonic(), True
-        if message["type"] == "hello":
-            if rank == 0 and launch.request:
-                self._send_request(launch)
-        elif rank == ELASTIC:
+        if rank == ELASTIC:
             launch.from_elastic(message, now_s)
         else:
             urgent = launch.from_worker(rank, message, now_s)
+            if message["type"] == "hello" and rank == 0 and launch.request:
+                self._send_request(launch)
         if urgent:
             self._reconcile()
         if message["type"] != "ping":

@@ -13,10 +13,10 @@ from contextlib import suppress
 from urllib.parse import quote
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from orchestrator import wire
-from orchestrator.core.errors import InvalidInput, Refused
+from orchestrator.core.errors import Conflict, InvalidInput, Refused
 from orchestrator.core.types import Directive, NodeReport
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,10 @@ PROGRESS_S = 0.2
 """Shortest time between reports of ordinary progress."""
 OPEN_TIMEOUT_S = 5.0
 PING_S = 5.0
-"""A controller that does not answer pings for twice as long is connected to afresh."""
+PONG_S = 20.0
+"""A controller that does not answer a ping for so long is connected to afresh."""
+REPLACED = 4409
+"""Close code of the controller: a newer connection has taken this node's name."""
 MESSAGE_LIMIT = 16 << 20
 FAREWELL_S = 1.0
 
@@ -50,6 +53,7 @@ class Uplink:
         obey: Callable[[Directive], None],
     ) -> None:
         self._controller = controller
+        self._node = node
         self._url = agents_url(controller, node)
         self._headers = {"Authorization": f"Bearer {token}"}
         self._report = report
@@ -70,7 +74,7 @@ class Uplink:
             self._timer = loop.call_at(max(loop.time(), self._sent_s + PROGRESS_S), self._due.set)
 
     async def run(self) -> None:
-        """Until `farewell`; raises Refused when the controller does not accept the token."""
+        """Until `farewell`; raises Refused when the token is not accepted, Conflict when the name is taken over."""
         retry_s, said = FIRST_RETRY_S, ""
         while not self._closing:
             try:
@@ -106,7 +110,7 @@ class Uplink:
             open_timeout=OPEN_TIMEOUT_S,
             close_timeout=FAREWELL_S,
             ping_interval=PING_S,
-            ping_timeout=PING_S,
+            ping_timeout=PONG_S,
             max_size=MESSAGE_LIMIT,
         )
 
@@ -124,9 +128,19 @@ class Uplink:
         try:
             async for message in connection:
                 self._take(message)
+        except ConnectionClosed:
+            self._check_replaced(connection)
+            raise
         finally:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
+
+    def _check_replaced(self, connection: ClientConnection) -> None:
+        """Two agents of one name would take it from each other for ever: the older one gives way."""
+        if connection.close_code == REPLACED:
+            raise Conflict(
+                f"another agent has taken over the name {self._node!r}: give every agent a --node name of its own"
+            )
 
     def _take(self, message: str | bytes) -> None:
         try:

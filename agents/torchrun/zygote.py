@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def warm_up(preload: str | None) -> None:
-    """Import all that a launch needs; `preload` is a module whose `preload()` imports more, where it exists."""
+    """Import all that a launch needs; `preload` is one more module, which need not exist."""
     for name in WARM_MODULES:
         importlib.import_module(name)
     _warm_codec()
@@ -81,12 +81,9 @@ def _warm_codec() -> None:
 
 def _preload(name: str) -> None:
     try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        return  # training scripts without regrow's library need none of it
-    module.preload()
+        importlib.import_module(name)
+    except ImportError:
+        traceback.print_exc()  # scripts that do not need it run all the same; the others will say so themselves
 
 
 class Zygote:

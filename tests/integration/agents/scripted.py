@@ -74,7 +74,10 @@ class ScriptedController:
     def _serve(self, connection: ServerConnection) -> None:
         node = parse_qs(urlparse(connection.request.path).query)["node"][0]
         with self.changed:
+            replaced = self._connections.get(node)
             self._connections[node] = connection
+        if replaced is not None:
+            replaced.close(4409, "replaced")
         try:
             for message in connection:
                 report = wire.unpack(message, "report", NodeReport)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.agents.conftest import Cluster
+from tests.integration.agents.conftest import Cluster, agent
 from tests.integration.agents.scripted import TOKEN, ScriptedController
 
 LIMIT_BYTES = 60_000_000
@@ -65,3 +65,13 @@ def test_bad_command_line_is_one_sentence(flags: tuple[str, ...], token: str | N
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert words in line
+
+
+def test_second_agent_of_one_name_replaces_the_first(tmp_path: Path) -> None:
+    controller = ScriptedController()
+    with agent(controller, "twin", tmp_path / "first", "--preload", "") as first:
+        controller.wait("first agent", lambda: controller.report("twin"))
+        with agent(controller, "twin", tmp_path / "second", "--preload", "") as second:
+            assert first.wait(30.0) == 4
+            assert second.poll() is None
+    controller.close()

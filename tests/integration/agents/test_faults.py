@@ -159,3 +159,9 @@ def test_order_for_a_node_that_is_still_warming_up_can_be_withdrawn(lonely: Clus
     lonely.controller.wait("launch", lambda: lonely.controller.launch("node-0", 1))
     lonely.controller.direct("node-0", Directive(2, heartbeat_s=0.5))
     assert lonely.controller.ended("node-0", 1, 2.0).state is LaunchState.STOPPED
+
+
+def test_warm_process_has_one_thread(cluster: Cluster) -> None:
+    """Forks of a process with more threads may copy locks that nobody ever releases."""
+    _, tree = grow_tree(cluster)
+    assert tree.warm.num_threads() == 1
