@@ -142,9 +142,7 @@ async def test_a_save_is_committed_when_every_rank_has_reported(tmp_path: Path) 
         await controller.report(node("node-1", launch(1, 5, saves=[save(tmp_path, 5, 1)])))
         await until(lambda: controller.status("gpt").committed_step == 5)
         assert [one.step for one in store.committed(tmp_path)] == [5]
-        directive = controller.directive("node-0")
-        assert directive is not None
-        assert directive.committed_step == 5
+        await until(lambda: (told := controller.directive("node-0")) is not None and told.committed_step == 5)
         metrics = generate_latest(controller.metrics_registry).decode()
         assert 'regrow_committed_step{job="gpt"} 5.0' in metrics
         assert 'regrow_checkpoint_seconds_count{job="gpt",kind="stall"} 2.0' in metrics
