@@ -15,12 +15,14 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
+_adopting = [False]
 
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent dies, so that `descendants` misses none."""
     if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot adopt orphaned processes (PR_SET_CHILD_SUBREAPER)")
+    _adopting[0] = True
 
 
 def _dying_with(parent: int) -> Callable[[], None]:
@@ -145,6 +147,8 @@ def sweep(deadline_s: float = 5.0) -> list[psutil.Process]:
 
 def reap(keep: Iterable[int] = ()) -> None:
     """Collect the exit status of adopted orphans; `keep` are children that somebody else waits for."""
+    if not _adopting[0]:
+        return
     known = set(keep)
     for process in psutil.Process().children():
         try:

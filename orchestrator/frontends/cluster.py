@@ -17,7 +17,7 @@ from orchestrator.core.errors import RegrowError
 from orchestrator.frontends.children import Child, kill, reap, sweep
 from orchestrator.server.serving import listen
 
-RESTART_AFTER_S = 1.0
+RESTART_AFTER_S = 0.5
 """How long a crashed controller or agent stays down."""
 SHORT_LIFE_S = 3.0
 MAX_SHORT_LIVES = 5

@@ -52,8 +52,8 @@ class _Scale:
         return self.begin + share * (self.end - self.begin)
 
     def ticks(self) -> list[float]:
-        """About six round numbers within the scale."""
-        raw = (self.high - self.low) / 6
+        """Four to eight round numbers within the scale."""
+        raw = (self.high - self.low) / 8
         magnitude = 10.0 ** math.floor(math.log10(raw))
         width = next(one for one in (1, 2, 5, 10) if one * magnitude >= raw * 0.999) * magnitude
         first, last = math.ceil(self.low / width - 1e-9), math.floor(self.high / width + 1e-9)
