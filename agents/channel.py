@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from orchestrator.core.errors import InvalidInput
+
 log = logging.getLogger(__name__)
 
 MESSAGE_LIMIT = 1 << 20
@@ -23,7 +25,10 @@ ELASTIC = -1
 """In the place of a rank: the elastic process."""
 
 Receive = Callable[[int, int, dict[str, Any]], None]
-"""Called with generation, rank (or `ELASTIC`) and message; raises KeyError, TypeError or ValueError to hang up."""
+"""Called with generation, rank (or `ELASTIC`) and message.
+
+It raises KeyError, TypeError, ValueError or InvalidInput at what makes no sense, and the connection is closed.
+"""
 
 
 class Channel:
@@ -70,7 +75,7 @@ class Channel:
             self._receive(*key, {"type": "hello"})
             while line := await reader.readline():
                 self._receive(*key, json.loads(line))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, InvalidInput) as error:
             log.warning("closed a connection to the worker socket whose message makes no sense: %r", error)
         except ConnectionError:
             pass  # the process was killed with messages unread

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -112,11 +111,12 @@ def _runtime_dir(path: Path | None, node: str) -> Path:
         if path is None:
             return Path(tempfile.mkdtemp(prefix=f"regrow-{node[:32]}-"))
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path.resolve()
     except OSError as error:
-        raise InvalidInput(f"the runtime folder {path} cannot be made: {error.strerror}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise InvalidInput(f"the runtime folder {path} cannot be written: give another one with --runtime-dir")
-    return path.resolve()
+        raise InvalidInput(
+            f"the runtime folder {path} cannot be used ({error.strerror}): give another one with --runtime-dir"
+        ) from error
 
 
 def check_import_name() -> None:
