@@ -88,9 +88,24 @@ def argument(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise refuse("text or a number (put quotes around it)", value)
     text = str(value)
-    if "\0" in text:
-        raise refuse("text without NUL characters", value)
+    if "\0" in text or not _encodable(text):
+        raise refuse("text that a program can be given (no NUL, no lone surrogates)", ascii(text))
     return text
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _place(value: Any) -> Any:
+    """A path or URI: what a message can show in one line and a file system can take."""
+    if isinstance(value, str) and not (value.isprintable() and 0 < len(value) <= 4000):
+        raise refuse("a path of printable characters", value)
+    return value
 
 
 _TEXT = WithJsonSchema({"type": "string"})
@@ -110,4 +125,6 @@ AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)
 """A number of samples; None = auto."""
 AutoName = Annotated[Annotated[str, Field(min_length=1)] | None, BeforeValidator(_auto)]
 """A name; None = auto."""
+Place = Annotated[str, BeforeValidator(_place)]
+"""A path or URI."""
 Argument = Annotated[str, BeforeValidator(argument)]

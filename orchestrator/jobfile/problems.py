@@ -15,6 +15,8 @@ from orchestrator.jobfile.fields import show
 from orchestrator.jobfile.schema import TrainingJob
 
 _SHOWN = 5
+_UNKNOWN = {"extra_forbidden", "invalid_key"}
+"""Kinds of pydantic's errors that mean a key which does not exist."""
 
 
 def validate(mapping: dict[Any, Any], source: str) -> TrainingJob:
@@ -23,12 +25,11 @@ def validate(mapping: dict[Any, Any], source: str) -> TrainingJob:
         return TrainingJob.model_validate(mapping)
     except ValidationError as error:
         details = error.errors(include_url=False)
-    unknown = [item for item in details if item["type"] in {"extra_forbidden", "invalid_key"}]
-    sentences = [_unknown(item) for item in unknown] + [_sentence(item) for item in details if item not in unknown]
-    sentences = list(dict.fromkeys(sentences))
-    more = len(sentences) - _SHOWN
-    shown = "; ".join(sentences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-    raise InvalidInput(f"{source}: {shown}")
+    details.sort(key=lambda item: item["type"] not in _UNKNOWN)
+    shown = [_unknown(item) if item["type"] in _UNKNOWN else _sentence(item) for item in details[:_SHOWN]]
+    if len(details) > _SHOWN:
+        shown.append(f"and {len(details) - _SHOWN} more")
+    raise InvalidInput(f"{source}: {'; '.join(shown)}")
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -81,9 +82,7 @@ def _parallelism(keys: ParallelismKeys) -> dict[str, AxisBounds]:
             continue
         where = f"spec.parallelism.{axis}"
         if given.min > given.max:
-            raise InvalidInput(
-                f"{where}.max ({given.max}) is less than {where}.min ({given.min}); raise max or lower min"
-            )
+            raise InvalidInput(f"{where}.max ({given.max}) is less than its min ({given.min}); raise max or lower min")
         if given.prefer is not None and not given.min <= given.prefer <= given.max:
             raise InvalidInput(
                 f"{where}.prefer ({given.prefer}) lies outside {given.min} to {given.max}; bring it inside"
@@ -110,11 +109,13 @@ def _check_batch(batch: BatchKeys, parallelism: dict[str, AxisBounds]) -> None:
 
 def _entrypoint(keys: EntrypointKeys, base: Path) -> Entrypoint:
     script = base / keys.script
-    if not script.is_file():
-        problem = "is a folder, not a file" if script.is_dir() else "does not exist"
+    mode = _mode(script, "spec.entrypoint.script")
+    if mode is None or stat.S_ISDIR(mode):
+        problem = "does not exist" if mode is None else "is a folder, not a file"
         raise InvalidInput(f"spec.entrypoint.script {script} {problem}; give the path of the training script")
     folder = base / (keys.working_directory or ".")
-    if not folder.is_dir():
+    mode = _mode(folder, "spec.entrypoint.workingDirectory")
+    if mode is None or not stat.S_ISDIR(mode):
         raise InvalidInput(f"spec.entrypoint.workingDirectory {folder} is not a folder; create it or correct the path")
     return Entrypoint(str(script), tuple(keys.args), str(folder))
 
@@ -130,7 +131,10 @@ def _uri(uri: str, base: Path) -> str:
         path = base / uri
         _check_folder(path)
         return str(path)
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise InvalidInput(f"spec.checkpoint.uri {uri[:200]!r} is no URI ({error}); write file:///folder") from error
     if parts.scheme.lower() != "file":
         raise InvalidInput(
             f"spec.checkpoint.uri {uri[:200]!r} has the scheme {parts.scheme!r}, which is not supported; "
@@ -145,8 +149,19 @@ def _uri(uri: str, base: Path) -> str:
 
 
 def _check_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise InvalidInput(f"spec.checkpoint.uri {path} is a file; give a folder")
+    if _mode(path, "spec.checkpoint.uri") is not None and not path.is_dir():
+        raise InvalidInput(f"spec.checkpoint.uri {path} is not a folder; give another")
+
+
+def _mode(path: Path, key: str) -> int | None:
+    """File mode, or None where nothing is; raises `InvalidInput` for a path that cannot be looked at."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidInput(f"{key} {str(path)[:300]}: {reason}; correct the path") from error
 
 
 _REQUIRED = ("layers", "hidden", "heads", "ffn_hidden", "vocab", "seq_length")

@@ -17,6 +17,7 @@ from orchestrator.jobfile.fields import (
     AutoWait,
     Duration,
     Interval,
+    Place,
     Size,
     Wait,
     bounds,
@@ -44,9 +45,9 @@ class Metadata(Keys):
 class EntrypointKeys(Keys):
     """The training script; `{tp}` and the like in `args` take values of the plan."""
 
-    script: str = Field(min_length=1)
+    script: Place
     args: list[Argument] = []
-    working_directory: str | None = None
+    working_directory: Place | None = None
 
 
 class NodesKeys(Keys):
@@ -60,7 +61,7 @@ class NodesKeys(Keys):
 class ModelKeys(Keys):
     """A decoder-only transformer: its sizes, or the Hugging Face `config.json` that holds them."""
 
-    config_json: str | None = None
+    config_json: Place | None = None
     layers: Size | None = None
     hidden: Size | None = None
     heads: Size | None = None
@@ -114,7 +115,7 @@ class KeepKeys(Keys):
 class CheckpointKeys(Keys):
     """Where (`file:///folder` or a path), how often (`auto`, `"20 steps"`, `30s`) and how many checkpoints."""
 
-    uri: str = Field(min_length=1)
+    uri: Place
     format: Literal["native"] = "native"
     interval: Interval = (30.0, None)
     keep: KeepKeys = KeepKeys()
