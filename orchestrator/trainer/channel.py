@@ -66,7 +66,7 @@ class Channel:
         self._send(type="progress", step=step, loss=loss, loss_step=loss_step)
 
     def saved(self, report: SaveReport) -> None:
-        """This rank's part of a save is durably written."""
+        """The rank's part of a save is durably written."""
         self._send(type="save", report=dataclasses.asdict(report))
 
     def paused(self, step: int) -> None:

@@ -32,7 +32,7 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class LocalChunk:
     """The local part of one logical tensor that this rank saves, and where it lies in the snapshot."""
 
     entry: Entry
@@ -46,9 +46,9 @@ class Chunk:
         return self.source.numel() * self.source.element_size()
 
 
-def chunks(entries: Iterator[Entry], replication: Replication) -> list[Chunk]:
+def chunks(entries: Iterator[Entry], replication: Replication) -> list[LocalChunk]:
     """What this rank saves: its own boxes, and of repeated boxes those that fall to it."""
-    chosen: list[Chunk] = []
+    chosen: list[LocalChunk] = []
     start = 0
     for entry in entries:
         if entry.tensor.dtype not in NAMES:
@@ -61,7 +61,7 @@ def chunks(entries: Iterator[Entry], replication: Replication) -> list[Chunk]:
             raise CheckpointError(
                 f"the local part of {entry.name} has shape {tuple(local.shape)} but its placements say {sizes}"
             )
-        chunk = Chunk(entry, Box(offsets, sizes), local, start)
+        chunk = LocalChunk(entry, Box(offsets, sizes), local, start)
         chosen.append(chunk)
         start += -(-chunk.size_bytes // ALIGNMENT) * ALIGNMENT
     return chosen
@@ -79,7 +79,7 @@ class Snapshot:
             self._buffer = torch.zeros(size_bytes, dtype=torch.uint8)
             self._buffer.fill_(1)  # zeros come as untouched pages
 
-    def copy(self, chosen: list[Chunk]) -> list[Piece]:
+    def copy(self, chosen: list[LocalChunk]) -> list[Piece]:
         """Copy the chunks into the buffer; the pieces stay valid until the next copy."""
         end = chosen[-1].start + chosen[-1].size_bytes if chosen else 0
         self.reserve(end)
@@ -93,7 +93,7 @@ class Snapshot:
         return pieces
 
 
-def _piece(chunk: Chunk, data: memoryview) -> Piece:
+def _piece(chunk: LocalChunk, data: memoryview) -> Piece:
     entry = chunk.entry
     return Piece(
         parameter=entry.parameter,

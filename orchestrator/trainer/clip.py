@@ -19,7 +19,7 @@ from orchestrator.trainer.replication import Replication, local_tensor
 
 
 def _reduced(parameter: torch.Tensor) -> torch.Tensor:
-    """The gradient with the parameter's own placements: sequence parallelism leaves partial sums on replicated weights."""
+    """The gradient in the parameter's own placements: sequence parallelism leaves partial sums on replicated ones."""
     if isinstance(parameter, DTensor) and parameter.grad.placements != parameter.placements:
         parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
     return parameter.grad

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from orchestrator.checkpoint.layout import Box
+from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
 from orchestrator.trainer.chunks import DTYPES, NAMES, empty_box, writable_bytes
 from orchestrator.trainer.replication import local_box, local_tensor
 from orchestrator.trainer.state import Entry, Tracked
-
-if TYPE_CHECKING:
-    from orchestrator.checkpoint.formats.native import UniversalView
 
 
 def restore(view: UniversalView, tracked: Tracked) -> None:

@@ -50,7 +50,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def prepare(self, tracked: Tracked) -> None:
-        """Allocate the snapshot in the background, once the optimizer has its states: the first save stalls no longer."""
+        """Allocate the snapshot in the background, once the optimizer has its states, so that no save stalls for it."""
         chosen = chunks(tracked.entries(), self._replication)
         size_bytes = chosen[-1].start + chosen[-1].size_bytes if chosen else 0
         self._preparation = threading.Thread(target=self._snapshot.reserve, args=(size_bytes,), daemon=True)

@@ -7,13 +7,14 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from orchestrator import ledger
+from orchestrator.checkpoint.formats import native
 from orchestrator.core.errors import CheckpointError, InvalidInput
 from orchestrator.core.types import Mesh
 from orchestrator.trainer.agreement import Agreed, Agreement
@@ -21,19 +22,18 @@ from orchestrator.trainer.batch import Batch, Collate, Dataset, stack
 from orchestrator.trainer.channel import Channel
 from orchestrator.trainer.clip import clip_grad_norm
 from orchestrator.trainer.replication import Replication
+from orchestrator.trainer.restore import restore
 from orchestrator.trainer.sampler import Sampler
+from orchestrator.trainer.saver import Saver
 from orchestrator.trainer.state import Stateful, Tracked
 from orchestrator.trainer.world import choose_device, join, own_order, read_order
-
-if TYPE_CHECKING:
-    from orchestrator.trainer.saver import Saver
 
 FLUSH_S = 10.0
 """How long a worker that is about to exit waits for the agent to take its last messages."""
 
 
 class Session:
-    """This worker's part in a training job: the mesh, the state to keep, the batches and the steps.
+    """A worker's part in a training job: the mesh, the state to keep, the batches and the steps.
 
         session = Session(global_batch=48)
         model, optimizer = build(session.mesh)
@@ -52,8 +52,8 @@ class Session:
 
     Mesh, batch split, seed, checkpoint and saving come from the launch order of the agent that started this worker. A
     script started by hand runs without one: `mesh` (one `dp_shard` replica per process of torchrun unless given),
-    `global_batch`, `micro_batch` and `seed` then apply, and nothing is restored or saved. `device` is "cpu" or "cuda"; left
-    out, `REGROW_DEVICE` decides, else a GPU is used where every worker has its own.
+    `global_batch`, `micro_batch` and `seed` then apply, and nothing is restored or saved. `device` is "cpu" or "cuda";
+    left out, `REGROW_DEVICE` decides, else a GPU is used where every worker has its own.
 
     Raises `InvalidInput` when the order cannot be read or does not fit the number of workers.
     """
@@ -111,8 +111,6 @@ class Session:
     def _open_saver(self) -> Saver | None:
         if not self._order.checkpoint_uri:
             return None
-        from orchestrator.trainer.saver import Saver
-
         return Saver(
             self._order.checkpoint_uri,
             generation=self._order.generation.number,
@@ -142,8 +140,8 @@ class Session:
     ) -> None:
         """Name the state that checkpoints hold, and restore it from this generation's checkpoint, if there is one.
 
-        `model` is the sharded model, or the list of this rank's stage modules, whose parameter names must be those of the
-        whole model. `extra` are objects with a JSON-able `state_dict` and a `load_state_dict`, such as a scheduler.
+        `model` is the sharded model, or the list of this rank's stage modules, whose parameter names must be those of
+        the whole model. `extra` are objects with a JSON-able `state_dict` and a `load_state_dict`, such as a scheduler.
         Raises `CheckpointError` when the checkpoint does not fit the model.
         """
         modules = [model] if isinstance(model, nn.Module) else list(model)
@@ -153,9 +151,6 @@ class Session:
         self._channel.ready(self.completed)
 
     def _restore(self, tracked: Tracked, path: str) -> None:
-        from orchestrator.checkpoint.formats import native
-        from orchestrator.trainer.restore import restore
-
         view = native.open_view(self._order.checkpoint_uri, path)
         restore(view, tracked)
         self.completed = view.step
@@ -171,10 +166,10 @@ class Session:
         epochs: float | None = None,
         collate: Collate = stack,
     ) -> Iterator[Batch]:
-        """This replica's part of every global batch, from the first step that is not done up to step `steps`, or for
+        """The replica's part of every global batch, from the first step that is not done up to step `steps`, or for
         `epochs` passes over the map-style `dataset` (whole global batches), or without end.
 
-        Call `step` once per batch. After the last one the state is saved, and the generator returns when that is durable.
+        Call `step` once per batch. After the last one the state is saved; the generator returns when that is durable.
         """
         if self._tracked is None:
             raise InvalidInput("session.batches was called before session.track: track the model first")
@@ -238,9 +233,9 @@ class Session:
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Count a step as completed; call it on every rank after the optimizer.
 
-        `loss` is the sum of what this rank called backward on for this batch (`MicroBatch.loss`); the exact mean over the
-        global batch is reported one step later. Ranks that have none, such as all but the last pipeline stage, leave it
-        out. Saves when it is due or asked for; ends the process with exit code 0 when asked to pause.
+        `loss` is the sum of what this rank called backward on for this batch (`MicroBatch.loss`); the exact mean over
+        the global batch is reported one step later. Ranks that have none, such as all but the last pipeline stage,
+        leave it out. Saves when it is due or asked for; ends the process with exit code 0 when asked to pause.
         """
         self.completed += 1
         share = self._share(loss)
@@ -253,6 +248,8 @@ class Session:
             self._pause(share)
         self._save_if_due(agreed)
         self._start_agreement(share)
+        if agreed is None and self._saver is not None and self._tracked is not None:
+            self._saver.prepare(self._tracked)  # the optimizer has its states from its first step on
 
     def _share(self, loss: torch.Tensor | float | None) -> float | None:
         if loss is None or not self._has_loss:

@@ -27,7 +27,7 @@ from orchestrator.core.types import (
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among the ranks."""
+    """A process among the ranks."""
 
     rank: int
     device: torch.device
@@ -97,7 +97,7 @@ def join(mesh: Mesh, device: torch.device) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size != mesh.world_size:
         raise InvalidInput(
-            f"the mesh {mesh} has {mesh.world_size} ranks but WORLD_SIZE is {size}: start as many workers as the mesh has"
+            f"the mesh {mesh} has {mesh.world_size} ranks but WORLD_SIZE is {size}: start as many workers as ranks"
         )
     if not dist.is_initialized():
         _init_process_group(rank, size, device)

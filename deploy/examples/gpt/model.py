@@ -1,7 +1,7 @@
 """A small GPT: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
-A pipeline stage is the same module with only its own layers (and the embedding or the head at the ends), so that every
-parameter keeps its name of the whole model. Initialisation is drawn per parameter name: it is the same under every mesh.
+A pipeline stage is the same module with only its own layers (and the embedding or the head at the ends), so that
+every parameter keeps its name of the whole model. Initial weights are drawn per name: the same under every mesh.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Config:
     kv_heads: int = 4
     ffn_hidden: int = 192
     vocab: int = 256
-    seq_length: int = 64
+    seq_length: int = 32
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., hidden)."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-5)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -115,12 +115,14 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: tokens (batch, sequence), or activations of the stage before; gives logits or activations."""
+        """x: tokens (batch, sequence) or the activations of the stage before; gives activations, or at the end the
+        log-probabilities of the next token, (batch, sequence, vocab).
+        """
         if self.embedding is not None:
             x = self.embedding(x)
         for layer in self.layers.values():
             x = layer(x, self.cos, self.sin)
-        return self.head(self.norm(x)) if self.head is not None else x
+        return F.log_softmax(self.head(self.norm(x)), dim=-1) if self.head is not None else x
 
 
 def rotary_table(config: Config) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from orchestrator.trainer import Session
 
 
 def build(session: Session, config: Config, seed: int) -> GPT:
-    """This rank's stage of the model, initialised as a whole and then sharded."""
+    """The rank's stage of the model, initialised as a whole and then sharded."""
     model = GPT(config, stage_layers(session, config))
     initialise(model, config, seed)
     model.to(session.device)

@@ -31,9 +31,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def sample_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of every sample (padding rows, whose targets are -100, count as zero): (batch,)."""
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100).mean(dim=1)
+def sample_losses(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of every sample, (batch,); padding rows, whose targets are -100, count as zero."""
+    losses = F.nll_loss(log_probabilities.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+    return losses.view_as(targets).mean(dim=1)
 
 
 def learning_rate(step: int, warmup: int, steps: int) -> float:
@@ -58,7 +59,7 @@ def main() -> None:
         schedule = pipeline(session, model, lambda y, t: sample_losses(y, t).sum() * session.loss_scale)
 
     def forward_backward(batch: Batch) -> torch.Tensor | None:
-        """This rank's share of the loss, as `session.step` wants it."""
+        """The rank's share of the loss, as `session.step` wants it."""
         if not pipelined:
             total = torch.zeros((), device=session.device)
             for micro in batch.micro_batches():
