@@ -25,6 +25,7 @@ class Agent:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._instance = uuid.uuid4().hex
+        self._memory_bytes = psutil.virtual_memory().total
         self._host = HostProbe(settings.runtime_dir)
         site = Site(settings.node, settings.address, settings.runtime_dir)
         self._supervisor = Supervisor(site, settings.preload, self._changed)
@@ -37,7 +38,7 @@ class Agent:
             instance=self._instance,
             address=self._settings.address,
             devices=self._settings.devices,
-            device_memory_bytes=psutil.virtual_memory().total // self._settings.devices,
+            device_memory_bytes=self._memory_bytes // self._settings.devices,
             warm=self._supervisor.warm,
             launch=self._supervisor.report(),
             probes=self._host.read(),

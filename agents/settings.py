@@ -16,6 +16,7 @@ from orchestrator.core.errors import InvalidInput
 PRELOAD = "orchestrator.trainer.session"
 """Module that the warm process imports besides torch, so that training scripts find their imports done."""
 TOKEN_VARIABLE = "REGROW_TOKEN"  # noqa: S105  # the name of a variable
+"""Environment variable with the token; training scripts do not get to see it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.processes import signal_name, sweep
+from agents.settings import TOKEN_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class WarmProcess:
                 stderr=output,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                env={name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
             )
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         return reader

@@ -141,6 +141,7 @@ class RegrowElasticAgent(SimpleElasticAgent):
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_MAX_RESTARTS": "0",
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             "REGROW_ORDER": str(self._launch.order_path),
             "REGROW_SOCKET": str(self._launch.socket),
             "REGROW_GENERATION": str(generation.number),

@@ -10,7 +10,9 @@ import runpy
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -64,6 +66,9 @@ def _main(parent: int, order: LaunchOrder, rank: int, directory: Path, gate: int
         _redirect(directory / f"worker-{rank}.log")
         environment = _wait(gate)
         code = _run(order, rank, directory, environment)
+    except BaseException:
+        traceback.print_exc()  # into the log of the warm process, when there is none of one's own yet
+        _flush()
     finally:
         os._exit(code)
 
@@ -117,7 +122,8 @@ def _run(order: LaunchOrder, rank: int, directory: Path, environment: dict[str, 
         code = _exit_code(leave)
     except BaseException as error:
         failure = describe(error, rank)
-        write_error(directory, failure)
+        with suppress(OSError):  # a full disk: the log may still have room
+            write_error(directory, failure)
         sys.stderr.write(failure.traceback)
         _flush()
         return 1  # at once: threads that wait for lost peers would never be joined
@@ -130,8 +136,10 @@ def _run(order: LaunchOrder, rank: int, directory: Path, environment: dict[str, 
 def _become_script(order: LaunchOrder, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     os.chdir(order.entrypoint.working_directory)
-    sys.argv = [order.entrypoint.script, *expand_arguments(order.entrypoint.args, order.generation.plan)]
-    sys.path[0] = str(Path(order.entrypoint.script).resolve().parent)
+    script = Path(order.entrypoint.script).absolute()  # processes that the script spawns look for it, too
+    sys.argv = [str(script), *expand_arguments(order.entrypoint.args, order.generation.plan)]
+    if not sys.flags.safe_path:
+        sys.path[0] = str(script.resolve().parent)
     _adopt_python_path(environment)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) != torch.get_num_threads():

@@ -37,6 +37,7 @@ def test_workers_of_all_nodes_form_one_world(cluster: Cluster, nodes: dict[str, 
             assert (said["main"], said["path"], said["cwd"]) == ("__main__", str(SCRIPTS), str(SCRIPTS))
             assert (said["mesh"]["dp_shard"], said["extra"], said["OMP_NUM_THREADS"]) == (world, "yes", "1")
             assert said["REGROW_GENERATION"] == str(number)
+            assert said["token"] is None, "a training script has no business with the controller"
             randoms.add(said["random"])
     assert len(randoms) == world, "workers must not share their random state"
 
@@ -97,6 +98,17 @@ def test_exit_codes(cluster: Cluster, args: tuple[str, ...], exit_code: int, exc
     assert launch.workers[0].exit_code == exit_code
     assert launch.errors[0].exception == exception
     assert tail in launch.errors[0].traceback
+
+
+def test_script_may_have_children_threads_and_exit_handlers(cluster: Cluster) -> None:
+    order = make_order(next(cluster.numbers), {"node-0": 1}, SCRIPTS / "children.py")
+    entrypoint = replace(order.entrypoint, script="scripts/children.py", working_directory=str(SCRIPTS.parent))
+    cluster.controller.order(replace(order, entrypoint=entrypoint))
+    launch = cluster.controller.ended("node-0", order.generation.number)
+    assert (launch.state, launch.errors) == (LaunchState.SUCCEEDED, ())
+    said = cluster.log("node-0", order.generation.number, 0).splitlines()
+    wanted = ["loaded 28.0", "squared 49", "subprocess 6", "matmul 262144.0", "thread done", "exit handler"]
+    assert [line for line in said if line in wanted] == wanted
 
 
 def test_exit_zero_is_success(cluster: Cluster) -> None:

@@ -21,6 +21,7 @@ print(
             "cwd": str(Path.cwd()),
             "main": __name__,
             "mesh": json.loads(os.environ["REGROW_MESH"]),
+            "token": os.environ.get("REGROW_TOKEN"),
             "extra": os.environ.get("EXTRA"),
             "random": torch.rand(1).item(),
             **{name: os.environ[name] for name in names},
