@@ -66,7 +66,7 @@ def _relaxed(spec: JobSpec, estimates: Sequence[Estimate], taken: Estimate, most
         sizes = [item.mesh.world_size for item in estimates if getattr(item.mesh, axis) == bounds.prefer]
         name = f"preferred {axis} {bounds.prefer}"
         if not sizes:
-            reasons.append(f"{name} is not possible on {most} devices")
+            reasons.append(f"{name} is not possible on {most} device{'' if most == 1 else 's'}")
         elif max(sizes) < most:
             reasons.append(f"{name} would leave {most - max(sizes)} of {most} devices idle")
         else:

@@ -21,8 +21,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def gib(size_bytes: float) -> str:
-    """Bytes in GiB."""
-    return f"{size_bytes / GIB:.3g} GiB"
+    """Bytes in GiB, or MiB under one."""
+    return f"{size_bytes / GIB:.3g} GiB" if size_bytes >= GIB else f"{size_bytes / 2**20:.3g} MiB"
 
 
 def samples(split: BatchSplit) -> str:
@@ -65,9 +65,9 @@ def why(
         parts.append(f"{idle} of {counted(taken.pool.devices, 'device')} idle")
     if available > taken.pool.devices:
         parts.append(f"{counted(available - taken.pool.devices, 'more device')} not used{_why_unused(spec, taken)}")
-    parts.extend(_memory(spec, taken))
     if others:
         parts.append(_comparison(choice, others[0]))
+    parts.extend(_unchecked(spec, taken))
     return "; ".join(parts)
 
 
@@ -77,13 +77,13 @@ def _why_unused(spec: JobSpec, taken: Estimate) -> str:
     return " (slower, smaller or of another kind)"
 
 
-def _memory(spec: JobSpec, taken: Estimate) -> Iterable[str]:
+def _unchecked(spec: JobSpec, taken: Estimate) -> Iterable[str]:
     if spec.model is None:
         yield "memory and step time not estimated because spec.model is not given"
         return
     kinds = [(node, find(spec.device_kind or node.kind)) for node in taken.pool.nodes]
     if any(node.memory_bytes == 0 and (kind is None or kind.memory_bytes == 0) for node, kind in kinds):
-        yield f"memory not checked where nodes do not report it (needs {gib(taken.memory_bytes)} per device)"
+        yield f"{gib(taken.memory_bytes)} per device, not checked where nodes do not report their memory"
     unknown = {node.kind for node, kind in kinds if kind is None}
     if unknown:
         yield f"{', '.join(sorted(unknown))} is not in the hardware catalogue, so seconds are rough"

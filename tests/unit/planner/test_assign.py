@@ -31,6 +31,8 @@ def test_ranks_are_contiguous_in_the_order_of_names() -> None:
 def test_tensor_groups_stay_inside_nodes_of_odd_size() -> None:
     found = assign(pool(3, 4, 4), Mesh(dp_shard=5, tp=2), 1, None)
     assert shares(found) == [("node-1", 0, 2), ("node-2", 2, 4), ("node-3", 6, 4)]
+    found = assign(pool(3, 3, 2), Mesh(dp_shard=3, tp=2), 1, None)
+    assert shares(found) == [("node-1", 0, 2), ("node-2", 2, 2), ("node-3", 4, 2)]
 
 
 def test_tensor_groups_cross_nodes_where_nodes_are_too_small() -> None:

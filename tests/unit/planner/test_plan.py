@@ -37,6 +37,8 @@ def test_a_preference_holds_where_it_is_legal_and_is_relaxed_where_a_device_woul
         "dp_shard 3 on 3 devices: 48 samples as 16+16+16, 1 micro-batch of 16; "
         "preferred tp 2 would leave 1 of 3 devices idle"
     )
+    one = planned(spec, nodes(1), three.plan, three.assignment)
+    assert "preferred tp 2 is not possible on 1 device;" in one.plan.reason
     again = planned(spec, nodes(4), three.plan, three.assignment)
     assert again.plan.mesh == four.plan.mesh
 
@@ -138,7 +140,7 @@ def test_cpu_and_gpu_nodes_do_not_train_together() -> None:
 def test_an_unknown_device_is_planned_for_and_said() -> None:
     answer = planned(job(LLAMA_8B, global_batch=64), nodes(2, 8, "Quantum 9000"))
     assert "Quantum 9000 is not in the hardware catalogue" in answer.plan.reason
-    assert "memory not checked" in answer.plan.reason
+    assert "not checked where nodes do not report their memory" in answer.plan.reason
 
 
 def test_unmet_axes_are_rejected_with_a_reason() -> None:
