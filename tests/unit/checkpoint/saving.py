@@ -33,10 +33,15 @@ def rows(rank: int, world_size: int) -> Box:
     return Box((first, 0), (last - first, 6))
 
 
-def write_rank(root: Path, rank: int, world_size: int = 2, *, step: int = 40, generation: int = 3) -> SaveReport:
-    """Rank's rows of a weight and a moment; rank 0 also holds a scalar state and a buffer."""
+def write_rank(
+    root: Path, rank: int, world_size: int = 2, *, step: int = 40, generation: int = 3, sign: int = 1
+) -> SaveReport:
+    """Rank's rows of a weight and a moment; rank 0 also holds a scalar state and a buffer.
+
+    `sign` -1 gives other contents of the same size.
+    """
     box = rows(rank, world_size)
-    pieces = [piece("w", WEIGHT + step, box), piece("w", MOMENT, box, state="exp_avg")]
+    pieces = [piece("w", (WEIGHT + step) * np.float32(sign), box), piece("w", MOMENT, box, state="exp_avg")]
     if rank == 0:
         pieces += [piece("w", STEP, state="step"), piece("b", BUFFER, kind="buffer")]
     state = {"param_groups": [{"lr": 0.5, "params": ["w"]}], "sampler": {"rank": rank}}

@@ -16,6 +16,8 @@ from orchestrator.checkpoint import store
 from orchestrator.checkpoint.formats import native
 from orchestrator.checkpoint.layout import Box
 from orchestrator.checkpoint.verify import verify
+from orchestrator.core.errors import CheckpointError
+from orchestrator.core.types import SaveReport
 from tests.unit.checkpoint.saving import WEIGHT, commit, save, write_all, write_rank
 
 WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock", "shutil.rmtree", "os.scandir"}
@@ -103,14 +105,22 @@ def test_writing_a_part(tmp_path: Path) -> None:
 
 
 def test_replacing_the_part_of_a_crashed_run(tmp_path: Path) -> None:
-    """Never do old contents stand under the new checksum, or new ones under the old."""
-    for root in every_crash(tmp_path, lambda root: write_all(root, world_size=4), lambda root, _: write_rank(root, 1)):
+    """Never does an old checksum stand over new bytes, though the new file is as long as the old one."""
+    reports: dict[Path, list[SaveReport]] = {}
+
+    def prepare(root: Path) -> None:
+        reports[root] = write_all(root)
+
+    seen = set()
+    for root in every_crash(tmp_path, prepare, lambda root, _: write_rank(root, 1, sign=-1)):
         try:
-            commit(root, write_all(root, world_size=4))
-        except store.CheckpointError:
+            commit(root, reports[root])
+        except CheckpointError:
             assert readable(root) == []
         else:
             assert readable(root) == [40]
+        seen.add(len(readable(root)))
+    assert seen == {0, 1}
 
 
 def test_prune(tmp_path: Path) -> None:
@@ -152,15 +162,31 @@ def test_everything_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", rename)
-    done = save(tmp_path)
+    parts = []
+    for rank in range(2):
+        parts.append(write_rank(tmp_path, rank))
+        require_synced(log, 2, first=f"part-0000{rank}.safetensors", last=f"part-0000{rank}.json")
+    commit(tmp_path, parts)
+    require_synced(log, 1, first="manifest.json", last="manifest.json")
     store.fence(tmp_path, 4)
-    folder = tmp_path / done.path
-    assert ("sync", str(tmp_path)) in log[: log.index(("rename", next(name for what, name in log if what == "rename")))]
-    for index, (what, name) in enumerate(log):
-        if what == "rename":
-            assert ("sync", name) in log[:index]
-        if what == "appear":
-            assert ("sync", str(Path(name).parent)) in log[index:]
+    require_synced(log, 1, first="fence", last="fence")
+
+
+def require_synced(log: list[tuple[str, str]], renames: int, *, first: str, last: str) -> None:
+    """One finished operation: contents synced before each rename, the directory after the last."""
     appeared = [name for what, name in log if what == "appear"]
-    assert appeared[-2:] == [str(folder / "manifest.json"), str(tmp_path / "fence")]
-    assert len(appeared) == 6
+    assert len(appeared) == renames
+    assert appeared[0].endswith(first)
+    assert appeared[-1].endswith(last)
+    for index, (what, name) in enumerate(log):
+        assert what != "rename" or ("sync", name) in log[:index]
+    after = log[log.index(("appear", appeared[-1])) :]
+    assert ("sync", str(Path(appeared[-1]).parent)) in after
+    log.clear()
+
+
+def test_the_name_of_a_new_directory_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    write_rank(tmp_path, 0)
+    assert tmp_path.stat().st_ino in synced

@@ -155,6 +155,20 @@ def test_a_commit_that_waits_for_a_fence_is_refused(tmp_path: Path, monkeypatch:
     assert store.committed(tmp_path) == []
 
 
+def test_a_part_replaced_after_its_check_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = write_all(tmp_path)
+
+    @contextmanager
+    def late(*args: Any, **options: Any) -> Iterator[None]:
+        write_rank(tmp_path, 1, sign=-1)
+        with locked(*args, **options):
+            yield
+
+    monkeypatch.setattr(store, "locked", late)
+    with pytest.raises(CorruptCheckpoint, match=r"part-00001\.json"):
+        commit(tmp_path, parts)
+
+
 def test_a_new_run_can_start_above_everything_that_was(tmp_path: Path) -> None:
     save(tmp_path, generation=3)
     assert store.newest_generation(tmp_path) == 3

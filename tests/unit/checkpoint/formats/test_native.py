@@ -201,16 +201,7 @@ def test_a_committed_part_does_not(tmp_path: Path) -> None:
 
 def test_a_reported_part_that_was_replaced_is_not_committed(tmp_path: Path) -> None:
     parts = write_all(tmp_path)
-    native.write_part(
-        tmp_path,
-        generation=3,
-        step=40,
-        rank=0,
-        world_size=2,
-        pieces=[piece("w", -WEIGHT, rows(0, 2))],
-        state={},
-        stall_s=0,
-    )
+    write_rank(tmp_path, 0, sign=-1)
     with pytest.raises(CheckpointError, match=r"part-00000\.json"):
         commit(tmp_path, parts)
     assert store.committed(tmp_path) == []
