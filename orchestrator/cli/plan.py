@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _NODES = "Nodes x devices : kind, for example 7x8:h100, or 3x8:h100,1x4:h100. Kind: a name of the catalogue; else cpu."
 _LOSE = "Then lose these nodes: a number of them, or names (node-3,node-5). Repeatable for one loss after another."
-_GROUP = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,3})(?::([A-Za-z0-9][\w .-]*))?")
+_GROUP = re.compile(r"([1-9]\d{0,4})(?:x([1-9]\d{0,3}))?(?::([A-Za-z0-9][\w .-]*))?")
 
 
 def plan(
@@ -63,9 +63,9 @@ def _capacity(text: str) -> list[NodeCapacity]:
         device = find(kind)
         if device is None:
             raise InvalidInput(f"--nodes {text!r} names the unknown device {kind!r}: known are {', '.join(CATALOGUE)}")
-        first = len(found) + 1
+        first = len(found)
         names = [f"node-{number}" for number in range(first, first + int(match[1]))]
-        found += [NodeCapacity(name, int(match[2]), device.memory_bytes, device.name) for name in names]
+        found += [NodeCapacity(name, int(match[2] or 1), device.memory_bytes, device.name) for name in names]
     return found
 
 

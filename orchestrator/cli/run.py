@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from orchestrator.cli.options import JobFile, Json
 from orchestrator.core.errors import InvalidInput
 
-_NODES = "Nodes, called node-1 and so on; 4x2 = four nodes of two devices each."
+_NODES = "Nodes, called node-0 and so on; 4x2 = four nodes of two devices each."
 _FAIL = (
     'A fault: WHAT@WHEN. WHAT: "node-2" or "node-2,node-3" (lost until it returns), "worker:node-1" (killed), '
     '"hang:node-1" (a worker stopped), "agent:node-1", "controller" (killed, started again). '
@@ -72,4 +72,4 @@ def _nodes(text: str) -> dict[str, int]:
         raise InvalidInput(
             f"--nodes {text!r} cannot be read: give a number of nodes such as 4, or 4x2 for two devices each"
         )
-    return {f"node-{number}": int(match[2] or 1) for number in range(1, int(match[1]) + 1)}
+    return {f"node-{number}": int(match[2] or 1) for number in range(int(match[1]))}

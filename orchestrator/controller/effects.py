@@ -66,7 +66,7 @@ class Effects:
 
     def _plan(self, command: MakePlan) -> Event:
         try:
-            planned = plan(self.spec, command.nodes, command.previous)
+            planned = plan(self.spec, command.nodes, command.previous, command.assignment)
         except Exception as error:  # a planner bug must leave the job WAITING with a reason, not end the controller
             return PlanImpossible(self.clock(), command.request, f"the planner failed: {error!r}")
         if isinstance(planned, Infeasible):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.core.facts import Fact
-from orchestrator.core.types import NodeCapacity, Plan, SaveReport
+from orchestrator.core.types import Assignment, NodeCapacity, Plan, SaveReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class MakePlan:
     request: int
     nodes: tuple[NodeCapacity, ...]
     previous: Plan | None
+    assignment: Assignment | None = None
+    """That of `previous`: survivors keep their order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ class LiveJob(JobState):
         if not history.live or history.stopping or history.ran_s is None or history.generation is None:
             return
         current = history.generation
-        decision = policy.worth_switching(current.plan, proposed, policy.switch_s(history))
+        decision = policy.worth_switching(current.plan, proposed, policy.switch_s(history), history.spec)
         if not decision.yes:
             self._declined = (nodes, decision.reason)
             return

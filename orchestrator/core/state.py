@@ -218,7 +218,8 @@ class JobState:
         self._emit(Push(tuple(sorted(self.fleet.nodes))))
 
     def _ask_for_plan(self, nodes: tuple[NodeCapacity, ...], *, growing: bool) -> None:
-        previous = self.history.generation.plan if self.history.generation else None
+        last = self.history.generation
+        before = (last.plan, last.assignment) if last else (None, None)
         self._requests += 1
-        self._planning, self._growing = MakePlan(self._requests, nodes, previous), growing
+        self._planning, self._growing = MakePlan(self._requests, nodes, *before), growing
         self._emit(self._planning)

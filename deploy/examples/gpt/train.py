@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=10, help="steps of linear warm-up before the cosine")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     for name, value in vars(Config()).items():
@@ -50,7 +50,7 @@ def main() -> None:
     config = Config(**{name: getattr(args, name) for name in vars(Config())})
     session = Session(global_batch=48)
     model = build(session, config, args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: learning_rate(n, args.warmup, args.steps))
     session.track(model=model, optimizer=optimizer, scheduler=scheduler)
 

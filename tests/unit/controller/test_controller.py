@@ -184,7 +184,7 @@ async def test_checkpoints_of_an_earlier_run_are_taken_up(tmp_path: Path) -> Non
         await controller.submit(spec(tmp_path))
         for name in ("node-0", "node-1"):
             await controller.report(node(name))
-        await until(lambda: controller.status("gpt").phase is Phase.STARTING)
+        await until(lambda: (told := controller.directive("node-0")) is not None and told.launch is not None)
         directive = controller.directive("node-0")
         assert directive is not None
         assert directive.launch is not None

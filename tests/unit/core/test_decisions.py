@@ -8,7 +8,7 @@ from orchestrator.core.failure import root_cause
 from orchestrator.core.health import Signals, verdict
 from orchestrator.core.history import History, replay
 from orchestrator.core.policy import exhausted, worth_switching
-from orchestrator.core.spec import Budget, CheckpointSpec, FailureClass, JobSpec, RecoverySpec
+from orchestrator.core.spec import AxisBounds, Budget, CheckpointSpec, FailureClass, JobSpec, RecoverySpec
 from orchestrator.core.status import Health
 from orchestrator.core.types import (
     AssignedNode,
@@ -162,8 +162,17 @@ def plan(devices: int, step_s: float = 0.0) -> Plan:
 
 
 def test_growth_is_weighed_against_its_cost() -> None:
-    assert worth_switching(plan(3), plan(4), cost_s=10.0).yes
-    assert not worth_switching(plan(3), plan(4), cost_s=1e6).yes
-    same = worth_switching(plan(3, 1.0), plan(4, 1.0), cost_s=1.0)
+    assert worth_switching(plan(3), plan(4), 10.0, spec()).yes
+    assert not worth_switching(plan(3), plan(4), 1e6, spec()).yes
+    same = worth_switching(plan(3, 1.0), plan(4, 1.0), 1.0, spec())
     assert not same.yes
     assert "1.00x" in same.reason
+
+
+def test_a_preferred_size_is_worth_a_tenth_of_the_speed_and_no_more() -> None:
+    wish = spec(parallelism={"dp_shard": AxisBounds(1, 8, prefer=4)})
+    back = worth_switching(plan(3, 1.0), plan(4, 1.05), 1.0, wish)
+    assert back.yes
+    assert "preferred dp_shard 4 is possible again" in back.reason
+    assert not worth_switching(plan(3, 1.0), plan(4, 1.2), 1.0, wish).yes
+    assert not worth_switching(plan(4, 1.0), plan(4, 1.05), 1.0, wish).yes
