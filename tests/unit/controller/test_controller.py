@@ -85,10 +85,16 @@ async def start(controller: Controller, root: Path) -> None:
     await controller.submit(spec(root))
     for name in ("node-0", "node-1"):
         await controller.report(node(name))
-    await until(lambda: controller.status("gpt").phase is Phase.STARTING)
+    await until(lambda: all(ordered(controller, name) for name in ("node-0", "node-1")))
     for rank in (0, 1):
         await controller.report(node(f"node-{rank}", launch(rank, 1)))
     assert controller.status("gpt").phase is Phase.RUNNING
+
+
+def ordered(controller: Controller, name: str) -> bool:
+    """Whether the node has been told to launch something."""
+    told = controller.directive(name)
+    return told is not None and told.launch is not None
 
 
 async def test_from_registration_to_training(tmp_path: Path) -> None:
@@ -184,7 +190,7 @@ async def test_checkpoints_of_an_earlier_run_are_taken_up(tmp_path: Path) -> Non
         await controller.submit(spec(tmp_path))
         for name in ("node-0", "node-1"):
             await controller.report(node(name))
-        await until(lambda: (told := controller.directive("node-0")) is not None and told.launch is not None)
+        await until(lambda: ordered(controller, "node-0"))
         directive = controller.directive("node-0")
         assert directive is not None
         assert directive.launch is not None
