@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from orchestrator import wire
 from orchestrator.core.errors import Conflict, InvalidInput, Refused, RegrowError, Unreachable
 from orchestrator.core.status import JobStatus
 
+_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 _TIMEOUT = httpx2.Timeout(10.0, read=30.0)
 
 
@@ -24,11 +26,10 @@ class Client:
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/")
+        if not _ADDRESS.fullmatch(self.url):
+            raise InvalidInput(f"{url!r} is no address of a controller: give one like http://127.0.0.1:7470")
         headers = {"Authorization": f"Bearer {token}"}
-        try:
-            self._http = httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=_TIMEOUT, trust_env=False)
-        except (httpx2.InvalidURL, ValueError) as error:
-            raise InvalidInput(f"{url!r} is no address of a controller: give one like http://127.0.0.1:7470") from error
+        self._http = httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=_TIMEOUT, trust_env=False)
 
     async def __aenter__(self) -> Self:
         return self

@@ -90,7 +90,7 @@ def show(result: Result) -> None:
     console = Console()
     status = result.status
     if status.incidents:
-        console.print(_table(status))
+        console.print(_causes(status), _seconds(status))
     else:
         console.print("no incident")
     console.print(Text(f"job {status.name} {status.phase} at step {status.step} in generation {status.generation}"))
@@ -101,13 +101,24 @@ def show(result: Result) -> None:
         console.print(Text(status.failure.traceback.rstrip()))
 
 
-def _table(status: JobStatus) -> Table:
-    table = Table(title="incidents", box=box.ROUNDED, title_justify="left", show_lines=True)
-    for column in ("#", "cause", "plan", "seconds by stage", "recovery", "steps lost"):
+def _causes(status: JobStatus) -> Table:
+    table = Table(title="incidents", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("#")
+    for column in ("cause", "plan before -> after, and why"):
         table.add_column(column, overflow="fold")
     for one in status.incidents:
-        plan = f"{plan_text(one.from_plan, one.from_nodes)} -> {plan_text(one.to_plan, one.to_nodes)}\n{one.reason}"
-        stages = "\n".join(f"{stage} {one.stages_s[stage]:.2f}" for stage in STAGES if stage in one.stages_s)
-        over = f"{one.recovery_s:.2f} s" if one.closed_s is not None else "not over"
-        table.add_row(str(one.number), one.cause, plan, stages, over, str(one.lost_steps))
+        change = f"{plan_text(one.from_plan, one.from_nodes)} -> {plan_text(one.to_plan, one.to_nodes)}"
+        table.add_row(str(one.number), Text(one.cause), Text.assemble((change, "bold"), f"\n{one.reason}"))
+    return table
+
+
+def _seconds(status: JobStatus) -> Table:
+    table = Table(title="seconds by stage", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("#")
+    for column in (*STAGES, "recovery", "steps lost"):
+        table.add_column(column.replace("_", " "), justify="right")
+    for one in status.incidents:
+        stages = [f"{one.stages_s[stage]:.2f}" if stage in one.stages_s else "-" for stage in STAGES]
+        recovery = f"{one.recovery_s:.2f}" if one.closed_s is not None else "not over"
+        table.add_row(str(one.number), *stages, recovery, str(one.lost_steps))
     return table

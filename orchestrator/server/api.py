@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from pathlib import Path
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -102,10 +103,13 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def on_http_error(_: Request, error: Exception) -> Response:
+async def on_http_error(request: Request, error: Exception) -> Response:
     """An HTTP error as one sentence."""
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    sentence = error.detail
+    if sentence == HTTPStatus(error.status_code).phrase:  # raised by the routing
+        sentence = f"there is no {request.method} {request.url.path} here: check the path and the method"
+    return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
 
 async def on_invalid(_: Request, error: Exception) -> Response:

@@ -59,11 +59,13 @@ async def serve(host: Host, token: str, listener: socket.socket, ready: Callable
     finally:
         closing.set()
         server.should_exit = True
-        await asyncio.wait([serving], timeout=2 * GRACE_S)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        listener.close()
+        try:
+            await asyncio.wait([serving], timeout=2 * GRACE_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            listener.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
     for task in ended:
         task.result()
 

@@ -44,5 +44,6 @@ async def served() -> AsyncIterator[Served]:
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(serve(host, TOKEN, listen("127.0.0.1", 0), ready.set_result))
     yield Served(host, await ready, task)
-    task.cancel()
+    if not task.cancelling():
+        task.cancel()
     await asyncio.gather(task, return_exceptions=True)
