@@ -1,7 +1,8 @@
 """The native format against doing only what cannot be avoided: `python -m tests.bench.checkpoint.native [MiB] [DIR]`.
 
 Peers are measured in the same run, turn about: a plain write + fsync of the same bytes for saving, `safetensors`
-reading a file of the same tensors for loading, xxh3 over memory for verifying. Prints JSON; `ratio` is ours / peer, by medians.
+reading a file of the same tensors for loading, xxh3 over memory for verifying. Prints JSON; `ratio` is ours /
+peer, by medians.
 """
 
 from __future__ import annotations
