@@ -27,7 +27,7 @@ GRACE_S = 5.0
 
 
 class Cluster:
-    """Controller and agents on 127.0.0.1, with a token of their own; nodes are called `node-1` and so on."""
+    """Controller and agents on 127.0.0.1, with a token of their own; nodes are called `node-0` and so on."""
 
     def __init__(self, nodes: Mapping[str, int], directory: Path, say: Callable[[str], None]) -> None:
         self.token = secrets.token_urlsafe(24)

@@ -102,9 +102,9 @@ class Screen:
         self._live.stop()
 
     def show(self, status: JobStatus) -> None:
-        """Redraw, at most ten times a second."""
+        """Redraw, at most four times a second."""
         now_s = time.monotonic()
-        if now_s - self._drawn_s >= 0.1 or status.phase.ended:
+        if now_s - self._drawn_s >= 0.25 or status.phase.ended:
             self._drawn_s = now_s
             self._live.update(render(status), refresh=True)
 

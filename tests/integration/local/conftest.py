@@ -24,7 +24,7 @@ class Start(Protocol):
 
 def launch(directory: Path, options: JobOptions, nodes: int, devices: int) -> LocalRun:
     notices: list[str] = []
-    cluster = Cluster({f"node-{number}": devices for number in range(1, nodes + 1)}, directory, notices.append)
+    cluster = Cluster({f"node-{number}": devices for number in range(nodes)}, directory, notices.append)
     return LocalRun(cluster, jobfile.parse(options.text(directory), directory), directory, notices)
 
 

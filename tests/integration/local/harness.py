@@ -113,6 +113,10 @@ class LocalRun:
     def begin(self) -> None:
         """Start the processes and submit the job."""
         self.cluster.start()
+        self.submit()
+
+    def submit(self) -> None:
+        """Submit the job once the controller answers."""
         self._until(self._healthy, DEADLINE_S, "the controller answers")
         response = self._http.post("/v1/jobs", content=jobfile.dump(self.spec))
         assert response.status_code == 201, response.text
