@@ -138,10 +138,10 @@ class Controller:
             before = self._job
             self._effects = effects
             self._job = Job(replay(facts), now_s)
-            for node in before.fleet.nodes.values() if before else ():
-                if node.connected and node.report is not None:
-                    self._job.handle(NodeReported(now_s, node.report))
         log.info("accepted", job=spec.name, checkpoints=len(found))
+        for node in before.fleet.nodes.values() if before else ():
+            if node.connected and node.report is not None:
+                await self._handle(NodeReported(self._clock(), node.report))
         self._notify()
 
     async def stop(self, name: str) -> None:

@@ -209,6 +209,17 @@ async def test_one_job_at_a_time(tmp_path: Path) -> None:
         assert controller.status("gpt").phase is Phase.WAITING
 
 
+async def test_the_next_job_starts_on_the_nodes_that_are_there(tmp_path: Path) -> None:
+    async with running(Controller.open(None)) as controller:
+        await start(controller, tmp_path / "first")
+        for rank in (0, 1):
+            await controller.report(node(f"node-{rank}", launch(rank, 5, state=LaunchState.SUCCEEDED)))
+        await until(lambda: controller.status("gpt").phase is Phase.SUCCEEDED)
+        await controller.submit(spec(tmp_path / "second"))
+        await until(lambda: controller.status("gpt").phase is Phase.STARTING)
+        assert controller.status("gpt").generation == 2
+
+
 async def test_what_is_unknown_is_named(tmp_path: Path) -> None:
     async with running(Controller.open(None)) as controller:
         with pytest.raises(InvalidInput, match="no job has been submitted"):
