@@ -75,6 +75,10 @@ class Client:
         """Save and end a job."""
         await self._call("POST", f"{_job(name)}/stop")
 
+    async def save(self, name: str) -> None:
+        """Save now and train on."""
+        await self._call("POST", f"{_job(name)}/save")
+
     async def drain(self, name: str, node: str) -> None:
         """Leave a node out."""
         await self._call("POST", f"{_job(name)}/nodes/{quote(node, safe='')}/drain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from orchestrator.frontends import local, report
 from orchestrator.frontends.faults import Fault
 from orchestrator.frontends.summary import Compared, compare, summarize, verdict
 from orchestrator.frontends.view import View, plan_text
+
+
+_FILE_WIDTH = 120
+"""Columns of the tables when standard output is no terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ def _checkpoints(wanted: Wanted, directory: Path) -> str:
 
 def show(result: Result) -> None:
     """Print the summary for a person."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
     status = result.status
     if status.incidents:
         console.print(_causes(status), _seconds(status))
