@@ -40,7 +40,7 @@ from orchestrator.core.types import AssignedNode, LaunchOrder, WorkerError
 
 MONITOR_S = 0.1
 """Longest time between two looks at the workers; the death of one is noticed at once."""
-ROOT_CAUSE_S = 0.1
+ROOT_CAUSE_S = 0.2
 """How long a failed collective waits for the error that caused it, which may be that of a worker of this node."""
 EXIT_BARRIER_S = 30.0
 """How long the store's host stays for the other nodes after its own workers have succeeded."""

@@ -35,9 +35,9 @@ class Tree:
         return not any(process.is_running() for name in names for process in below[name])
 
 
-def grow_tree(cluster: Cluster) -> tuple[int, Tree]:
-    """Launch two workers, of which one has children."""
-    number = cluster.start({"node-0": 2}, "steps.py", "fork").generation.number
+def grow_tree(cluster: Cluster, *args: str) -> tuple[int, Tree]:
+    """Launch two workers with children."""
+    number = cluster.start({"node-0": 2}, "steps.py", "fork", *args).generation.number
     workers = [psutil.Process(pid) for pid in cluster.controller.training("node-0", number, 2)]
     elastic = workers[0].parent()
     assert elastic is not None
@@ -116,10 +116,14 @@ def lonely(tmp_path: Path) -> Iterator[Cluster]:
     cluster.controller.close()
 
 
-def test_killed_agent_takes_everything_with_it(lonely: Cluster) -> None:
-    number, tree = grow_tree(lonely)
+@pytest.mark.parametrize("stopped_worker", [False, True])
+def test_killed_agent_takes_everything_with_it(lonely: Cluster, stopped_worker: bool) -> None:
+    """Nobody but the kernel can end them: the warm process is stopped, the workers are deaf to all else."""
+    number, tree = grow_tree(lonely, "deaf")
     away = [tree.away, lonely.child("node-0", number, 1)[1]]
-    tree.workers[1].suspend()
+    tree.warm.suspend()
+    if stopped_worker:
+        tree.workers[1].suspend()
     lonely.agents["node-0"].kill()
     lonely.agents["node-0"].wait()
     try:
@@ -134,7 +138,7 @@ def test_terminated_agent_stops_its_workers_and_succeeds(lonely: Cluster) -> Non
     lonely.agents["node-0"].send_signal(signal.SIGTERM)
     assert lonely.agents["node-0"].wait(10.0) == 0
     assert tree.gone("warm", "elastic", "workers", "child", "away")
-    assert lonely.controller.launch("node-0", number).state is LaunchState.STOPPED
+    assert lonely.controller.ended("node-0", number, 10.0).state is LaunchState.STOPPED
 
 
 def test_lost_controller_does_not_stop_training(cluster: Cluster) -> None:

@@ -84,6 +84,12 @@ def test_collective_that_fails_while_cleaning_up_does_not_hide_the_exception(clu
     assert "KeyError: 'weights'" in errors[0].traceback
 
 
+def test_echo_waits_for_the_root_cause_beside_it(cluster: Cluster) -> None:
+    number = cluster.start({"node-0": 2}, "endings.py", "late").generation.number
+    errors = {error.rank: error for error in cluster.controller.ended("node-0", number).errors}
+    assert (errors[1].collective, errors[0].collective, errors[0].message) == (True, False, "the reason")
+
+
 @pytest.mark.parametrize(
     ("args", "exit_code", "exception", "tail"),
     [

@@ -2,9 +2,17 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+if sys.argv[1] == "late":  # the worker that only lost its peer is gone before the peer itself
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    while not Path(os.environ["REGROW_ORDER"]).with_name("error-1.json").exists():
+        pass
+    raise ValueError("the reason")
 
 dist.init_process_group("gloo")
 dist.all_reduce(torch.ones(1))

@@ -1,11 +1,14 @@
 """Trains for ever as far as the agent can see: speaks the worker protocol, and obeys requests to save and to pause.
 
-With the argument `fork` it also starts a child and one more in a session of its own, and prints their pids.
+With the argument `deaf` nothing but SIGKILL ends it: neither a hang-up nor the loss of its agent. With the argument
+`fork` it also starts a child and one more in a session of its own, and prints their pids.
 """
 
+import contextlib
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +18,17 @@ rank, generation = int(os.environ["RANK"]), int(os.environ["REGROW_GENERATION"])
 
 
 def say(**message):
-    connection.sendall(json.dumps(message).encode() + b"\n")
+    with contextlib.suppress(ConnectionError if "deaf" in sys.argv else ()):
+        connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def hear():
+    data = b""
+    with contextlib.suppress(ConnectionError if "deaf" in sys.argv else ()):
+        data = connection.recv(4096)
+    if not data:
+        selector.unregister(connection)
+    return data
 
 
 def save(step):
@@ -24,6 +37,8 @@ def save(step):
     say(type="save", report=dict(zip(names, values, strict=True)))
 
 
+if "deaf" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 if "fork" in sys.argv:
     child = os.fork()
     if child == 0:
@@ -43,7 +58,7 @@ while True:
     step += 1
     say(type="progress", step=step, loss=1.0 / step if rank == 0 else None, loss_step=step)
     for _ in selector.select(0.01):
-        *lines, received = (received + connection.recv(4096)).split(b"\n")
+        *lines, received = (received + hear()).split(b"\n")
         for line in lines:
             request = json.loads(line)
             print("request", json.dumps(request), flush=True)
