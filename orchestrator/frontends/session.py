@@ -21,7 +21,6 @@ from orchestrator.frontends.faults import Fault
 from orchestrator.frontends.summary import Compared, compare, summarize, verdict
 from orchestrator.frontends.view import View, plan_text
 
-
 _FILE_WIDTH = 120
 """Columns of the tables when standard output is no terminal."""
 
