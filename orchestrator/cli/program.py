@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError
 from orchestrator.cli.agent import agent
 from orchestrator.cli.checkpoint import app as checkpoint
 from orchestrator.cli.plan import plan
-from orchestrator.cli.remote import drain, status, stop, submit, undrain
+from orchestrator.cli.remote import drain, save, status, stop, submit, undrain
 from orchestrator.cli.run import run
 from orchestrator.cli.serve import serve
 from orchestrator.core.errors import InvalidInput, RegrowError
@@ -23,7 +23,7 @@ EXIT_CODES = (
     "7 the job FAILED; 8 losses or samples differ (run --compare); 130 or 143 ended by SIGINT or SIGTERM."
 )
 
-COMMANDS = (run, serve, agent, submit, status, drain, undrain, stop, plan)
+COMMANDS = (run, serve, agent, submit, status, drain, undrain, save, stop, plan)
 
 
 def create_app() -> App:

@@ -1,4 +1,4 @@
-"""The commands that talk to a running controller: `submit`, `status`, `drain`, `undrain`, `stop`."""
+"""The commands that talk to a running controller: `submit`, `status`, `drain`, `undrain`, `save`, `stop`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,21 @@ def stop(name: JobName = None, /, *, url: Url = None, token_file: TokenFile = No
 
     found = _talk(url, token_file, order)
     _answer(json, {"name": found}, f"job {found} saves and ends: see `regrow status {found}`")
+
+
+def save(name: JobName = None, /, *, url: Url = None, token_file: TokenFile = None, json: Json = False) -> None:
+    """Have a job save now, between its periodic saves, and train on.
+
+    Example: regrow save gpt
+    """
+
+    async def order(client: Client) -> str:
+        found = (await client.one_job(name)).name
+        await client.save(found)
+        return found
+
+    found = _talk(url, token_file, order)
+    _answer(json, {"name": found}, f"job {found} saves: see the committed step in `regrow status {found}`")
 
 
 def _talk(url: str | None, token_file: Path | None, conversation: Callable[[Client], Awaitable[T]]) -> T:

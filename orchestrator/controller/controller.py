@@ -16,7 +16,7 @@ from orchestrator.controller.journal import Journal, MemoryJournal, SqliteJourna
 from orchestrator.controller.metrics import Metrics
 from orchestrator.core.commands import Command, CommitCheckpoint, Push, Record
 from orchestrator.core.errors import Conflict, InvalidInput, RegrowError
-from orchestrator.core.events import DrainOrdered, Event, NodeDisconnected, NodeReported, StopOrdered, Tick
+from orchestrator.core.events import DrainOrdered, Event, NodeDisconnected, NodeReported, SaveOrdered, StopOrdered, Tick
 from orchestrator.core.facts import CheckpointRecorded, Fact, JobAccepted
 from orchestrator.core.history import replay
 from orchestrator.core.job import Job
@@ -148,6 +148,11 @@ class Controller:
         """Save, then end the job."""
         self.status(name)
         await self._handle(StopOrdered(self._clock()))
+
+    async def save(self, name: str) -> None:
+        """Have the workers save at the next step on which they agree."""
+        self.status(name)
+        await self._handle(SaveOrdered(self._clock()))
 
     async def drain(self, name: str, node: str, *, drained: bool = True) -> None:
         """Leave the node out (or no longer); raises `InvalidInput` for a node never heard of."""

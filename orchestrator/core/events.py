@@ -118,6 +118,13 @@ class StopOrdered:
     time_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class SaveOrdered:
+    """A user wants a checkpoint now, between the periodic ones."""
+
+    time_s: float
+
+
 Event = (
     NodeReported
     | NodeDisconnected
@@ -130,5 +137,6 @@ Event = (
     | CommitFailed
     | StoreTaken
     | DrainOrdered
+    | SaveOrdered
     | StopOrdered
 )

@@ -26,6 +26,7 @@ from orchestrator.core.events import (
     NodeReported,
     PlanImpossible,
     PlanMade,
+    SaveOrdered,
     StopOrdered,
     StoreTaken,
     Tick,
@@ -95,6 +96,9 @@ class Job(LiveJob):
             case DrainOrdered():
                 if (event.node in self.history.drained) != event.drained:
                     self._record(NodeDrained(self.now_s, event.node, event.drained))
+            case SaveOrdered():
+                self.save_request += 1
+                self._push()
             case StopOrdered():
                 if not self.history.stop_requested and not self.history.ended:
                     self._record(StopRequested(self.now_s))
@@ -276,6 +280,7 @@ class Job(LiveJob):
         self._assigned = frozenset(assignment.names)
         self.clock = StepClock()
         self.max_step = generation.checkpoint_step or 0
+        self.save_request = 0
         self._declined = None
         for part in assignment:
             self.fleet.nodes[part.node].restarted = False

@@ -46,6 +46,8 @@ class JobState:
         self.reason = "the controller has just started"
         self.max_step = 0
         """Highest step that the newest generation was seen to reach."""
+        self.save_request = 0
+        """Number of the last save that a user ordered in this generation; a restarted controller does not know of it."""
         self.loss: tuple[int, float] | None = None
         """Newest (step, loss)."""
         self._assigned: frozenset[str] = (
@@ -93,6 +95,7 @@ class JobState:
         return Directive(
             generation=history.number,
             launch=launch,
+            save_request=self.save_request,
             pause=pause,
             committed_step=history.committed_step,
             heartbeat_s=history.spec.recovery.heartbeat_s,

@@ -56,6 +56,11 @@ class Api:
         name = found(self._host, request)
         return await self._ordered(self._host.stop(name), name)
 
+    async def save(self, request: Request) -> Response:
+        """`POST /v1/jobs/NAME/save`."""
+        name = found(self._host, request)
+        return await self._ordered(self._host.save(name), name)
+
     async def drain(self, request: Request) -> Response:
         """`POST /v1/jobs/NAME/nodes/NODE/drain`."""
         return await self._node(request, self._host.drain)

@@ -30,6 +30,7 @@ def create_app(host: Host, token: str, closing: asyncio.Event | None = None) -> 
         Route(one_job, handlers.job),
         Route(f"{one_job}/events", events.endpoint),
         Route(f"{one_job}/stop", handlers.stop, methods=["POST"]),
+        Route(f"{one_job}/save", handlers.save, methods=["POST"]),
         Route(f"{one_job}/nodes/{{node}}/drain", handlers.drain, methods=["POST"]),
         Route(f"{one_job}/nodes/{{node}}/undrain", handlers.undrain, methods=["POST"]),
         WebSocketRoute("/v1/agents", Agents(host).endpoint),

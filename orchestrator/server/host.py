@@ -43,6 +43,9 @@ class Host(Protocol):
     async def stop(self, name: str) -> None:
         """Save and end a job."""
 
+    async def save(self, name: str) -> None:
+        """Save at the next step on which the ranks agree."""
+
     async def drain(self, name: str, node: str) -> None:
         """Leave a node out from the next generation on; raises `InvalidInput` when there is no such node."""
 

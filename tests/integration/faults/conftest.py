@@ -39,12 +39,16 @@ class FaultRun(LocalRun):
             "all nodes healthy",
         )
 
+    def post(self, order: str) -> int:
+        """Give an order about the job; returns the HTTP status."""
+        return self._http.post(f"/v1/jobs/{self.spec.name}/{order}").status_code
+
     def clean_up(self) -> None:
         """Leave the cluster whole and idle for the next test."""
         for node in list(self.cluster.away):
             self.cluster.bring_back(node)
         if not self.wait_for(lambda status: True, "an answer").phase.ended:
-            assert self._http.post(f"/v1/jobs/{self.spec.name}/stop").status_code == 202
+            assert self.post("stop") == 202
             self.finish()
         self._http.close()
 

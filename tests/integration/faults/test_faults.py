@@ -202,6 +202,29 @@ def test_too_few_nodes_wait_with_a_reason(submit: Submit, undisturbed: Undisturb
     recovered(run, undisturbed, options)
 
 
+def test_a_save_is_made_when_it_is_ordered(submit: Submit) -> None:
+    run = submit(JobOptions(steps=2000, interval="100000 steps"))
+    run.wait_for_step(5)
+    assert run.post("save") == 202
+    status = run.wait_for(lambda status: status.committed_step is not None or status.phase.ended, "the checkpoint")
+    assert not status.phase.ended
+    assert status.incidents == ()
+    run.post("stop")
+    status = run.finish()
+    assert status.reason.startswith("stopped by order")
+    assert status.committed_step is not None
+    assert status.committed_step >= status.step - 1, "it saved before it stopped"
+
+
+def test_a_drained_node_is_left_without_losing_a_step(submit: Submit, undisturbed: Undisturbed) -> None:
+    run = submit(OPTIONS)
+    run.wait_for_step(12)
+    assert run.post("nodes/node-1/drain") == 202
+    status = recovered(run, undisturbed)
+    (incident,) = status.incidents
+    assert (incident.cause, incident.to_nodes, incident.lost_steps) == ("node-1 drained by order", 3, 0)
+
+
 def jobargs(options: JobOptions) -> list[str]:
     """The arguments that the options' job gives to the example."""
     from orchestrator import jobfile

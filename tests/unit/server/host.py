@@ -79,6 +79,9 @@ class RememberingHost:
     async def stop(self, name: str) -> None:
         self.calls.append(("stop", name))
 
+    async def save(self, name: str) -> None:
+        self.calls.append(("save", name))
+
     async def drain(self, name: str, node: str) -> None:
         self.calls.append(("drain", name, node))
 

@@ -33,6 +33,7 @@ PROTECTED = [
     ("GET", "/v1/jobs/gpt"),
     ("GET", "/v1/jobs/gpt/events"),
     ("POST", "/v1/jobs/gpt/stop"),
+    ("POST", "/v1/jobs/gpt/save"),
     ("POST", "/v1/jobs/gpt/nodes/node-1/drain"),
     ("POST", "/v1/jobs/gpt/nodes/node-1/undrain"),
     ("GET", "/v1/agents"),
@@ -112,9 +113,14 @@ async def test_errors_are_one_sentence(served: Served, method: str, path: str, s
 
 async def test_orders_reach_the_controller(served: Served) -> None:
     async with served.client() as client:
-        for path in ("/nodes/node-1/drain", "/nodes/node-1/undrain", "/stop"):
+        for path in ("/nodes/node-1/drain", "/nodes/node-1/undrain", "/save", "/stop"):
             assert (await client.post(f"/v1/jobs/gpt{path}")).status_code == 202
-    assert served.host.calls == [("drain", "gpt", "node-1"), ("undrain", "gpt", "node-1"), ("stop", "gpt")]
+    assert served.host.calls == [
+        ("drain", "gpt", "node-1"),
+        ("undrain", "gpt", "node-1"),
+        ("save", "gpt"),
+        ("stop", "gpt"),
+    ]
 
 
 async def test_a_job_file_is_submitted(served: Served, tmp_path: Path) -> None:
