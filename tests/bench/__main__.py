@@ -1,0 +1,38 @@
+"""Runs every benchmark and prints one JSON object, also written to `build/bench.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.bench import recovery
+from tests.bench.checkpoint import native
+
+CHECKPOINT_BYTES = 256 << 20
+
+
+def checkpoint() -> dict[str, Any]:
+    """The native format on the disk of temporary files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return native.measure(Path(folder), CHECKPOINT_BYTES)
+
+
+BENCHMARKS = {"checkpoint": checkpoint, "recovery": recovery.measure}
+
+
+def main(names: list[str]) -> None:
+    results = {}
+    for name in names or list(BENCHMARKS):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results[name] = BENCHMARKS[name]()
+    text = json.dumps(results, indent=2)
+    Path("build").mkdir(exist_ok=True)
+    Path("build/bench.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
