@@ -86,7 +86,8 @@ class ScriptedController:
                     self.changed.notify_all()
                     directive = self._directives.get(node)
                 if directive is not None:
-                    connection.send(wire.pack(directive=directive))
+                    with suppress(ConnectionClosed):  # there may be more to read
+                        connection.send(wire.pack(directive=directive))
         except (ConnectionClosed, OSError):
             pass
 
