@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.checkpoint.layout import Box, Piece
 from orchestrator.core.errors import CheckpointError
-from orchestrator.trainer.replication import Replication, local_box, local_tensor
+from orchestrator.trainer.layouts import Layouts, local_tensor
 from orchestrator.trainer.state import Entry
 
 DTYPES = {
@@ -46,7 +46,7 @@ class LocalChunk:
         return self.source.numel() * self.source.element_size()
 
 
-def chunks(entries: Iterator[Entry], replication: Replication) -> list[LocalChunk]:
+def chunks(entries: Iterator[Entry], layouts: Layouts) -> list[LocalChunk]:
     """What this rank saves: its own boxes, and of repeated boxes those that fall to it."""
     chosen: list[LocalChunk] = []
     start = 0
@@ -54,14 +54,15 @@ def chunks(entries: Iterator[Entry], replication: Replication) -> list[LocalChun
         if entry.tensor.dtype not in NAMES:
             raise CheckpointError(f"{entry.name} has dtype {entry.tensor.dtype}, which no checkpoint format here holds")
         local = local_tensor(entry.tensor)
-        if local.numel() == 0 or not replication.of(entry.tensor).owns(entry.name):
-            continue
-        offsets, sizes = local_box(entry.tensor)
-        if sizes != tuple(local.shape):
+        layout = layouts.of(entry.tensor)
+        if layout.box.sizes != tuple(local.shape):
             raise CheckpointError(
-                f"the local part of {entry.name} has shape {tuple(local.shape)} but its placements say {sizes}"
+                f"the local part of {entry.name} has shape {tuple(local.shape)} but its placements say "
+                f"{layout.box.sizes}: report this"
             )
-        chunk = LocalChunk(entry, Box(offsets, sizes), local, start)
+        if local.numel() == 0 or not layout.owns(entry.name):
+            continue
+        chunk = LocalChunk(entry, layout.box, local, start)
         chosen.append(chunk)
         start += -(-chunk.size_bytes // ALIGNMENT) * ALIGNMENT
     return chosen

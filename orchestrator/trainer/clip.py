@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from orchestrator.trainer.replication import Replication, local_tensor
+from orchestrator.trainer.layouts import Layouts, local_tensor
 
 
 def _reduced(parameter: torch.Tensor) -> torch.Tensor:
@@ -26,14 +26,15 @@ def _reduced(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float, replication: Replication) -> torch.Tensor:
+def clip_grad_norm(
+    parameters: Iterable[torch.Tensor], max_norm: float, layouts: Layouts, device: torch.device
+) -> torch.Tensor:
     """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before that."""
     gradients = [_reduced(parameter) for parameter in parameters if parameter.grad is not None]
-    device = gradients[0].device if gradients else torch.device(replication.mesh.device_type)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in gradients:
         norm = torch.linalg.vector_norm(local_tensor(gradient), dtype=torch.float32)
-        total += norm.double().square() / replication.of(gradient).copies
+        total += norm.double().square() / layouts.of(gradient).copies
     dist.all_reduce(total)
     norm = total.sqrt()
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

@@ -13,7 +13,7 @@ from orchestrator.checkpoint.layout import Piece
 from orchestrator.core.errors import RegrowError
 from orchestrator.core.types import SaveReport
 from orchestrator.trainer.chunks import Snapshot, chunks
-from orchestrator.trainer.replication import Replication
+from orchestrator.trainer.layouts import Layouts
 from orchestrator.trainer.state import Tracked
 
 
@@ -31,12 +31,12 @@ class Saver:
         generation: int,
         rank: int,
         world_size: int,
-        replication: Replication,
+        layouts: Layouts,
         report: Callable[[SaveReport], None],
     ) -> None:
         self._root = root
         self._generation, self._rank, self._world_size = generation, rank, world_size
-        self._replication = replication
+        self._layouts = layouts
         self._report = report
         self._snapshot = Snapshot()
         self._preparation: threading.Thread | None = None
@@ -51,7 +51,7 @@ class Saver:
 
     def prepare(self, tracked: Tracked) -> None:
         """Allocate the snapshot in the background, once the optimizer has its states, so that no save stalls for it."""
-        chosen = chunks(tracked.entries(), self._replication)
+        chosen = chunks(tracked.entries(), self._layouts)
         size_bytes = chosen[-1].start + chosen[-1].size_bytes if chosen else 0
         self._preparation = threading.Thread(target=self._snapshot.reserve, args=(size_bytes,), daemon=True)
         self._preparation.start()
@@ -62,7 +62,7 @@ class Saver:
         began = time.perf_counter()
         if self._preparation is not None:
             self._preparation.join()
-        pieces = self._snapshot.copy(chunks(tracked.entries(), self._replication))
+        pieces = self._snapshot.copy(chunks(tracked.entries(), self._layouts))
         stall_s = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._write, args=(step, pieces, state, stall_s), name="regrow-saver", daemon=True

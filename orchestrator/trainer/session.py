@@ -21,7 +21,7 @@ from orchestrator.trainer.agreement import Agreed, Agreement
 from orchestrator.trainer.batch import Batch, Collate, Dataset, stack
 from orchestrator.trainer.channel import Channel
 from orchestrator.trainer.clip import clip_grad_norm
-from orchestrator.trainer.replication import Replication
+from orchestrator.trainer.layouts import Layouts
 from orchestrator.trainer.restore import restore
 from orchestrator.trainer.sampler import Sampler
 from orchestrator.trainer.saver import Saver
@@ -88,7 +88,7 @@ class Session:
         self._restored_sampler: dict[str, Any] = {}
         self._samples: tuple[int, ...] = ()
         self._agreement = Agreement(world.control, self.plan.mesh.dp_degree * self.plan.mesh.cp)
-        self._replication = Replication(self.mesh, self.plan.mesh, self.rank)
+        self._layouts = Layouts(self.plan.mesh, self.rank)
         self._channel = self._open_channel()
         self._ledger = self._open_ledger()
         self._saver = self._open_saver()
@@ -116,7 +116,7 @@ class Session:
             generation=self._order.generation.number,
             rank=self.rank,
             world_size=self.plan.mesh.world_size,
-            replication=self._replication,
+            layouts=self._layouts,
             report=self._channel.saved,
         )
 
@@ -152,7 +152,7 @@ class Session:
 
     def _restore(self, tracked: Tracked, path: str) -> None:
         view = native.open_view(self._order.checkpoint_uri, path)
-        restore(view, tracked)
+        restore(view, tracked, self._layouts)
         self.completed = view.step
         self._restored_sampler = view.state.get("sampler", {})
 
@@ -228,7 +228,7 @@ class Session:
         """
         if self._tracked is None:
             raise InvalidInput("session.clip_grad_norm was called before session.track: track the model first")
-        return clip_grad_norm(self._tracked.parameters.values(), max_norm, self._replication)
+        return clip_grad_norm(self._tracked.parameters.values(), max_norm, self._layouts, self.device)
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Count a step as completed; call it on every rank after the optimizer.
