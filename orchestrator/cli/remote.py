@@ -147,8 +147,6 @@ async def _follow(client: Client, last: JobStatus, json: bool) -> JobStatus:
                 _show(one, json)
             else:
                 view.show(one)
-            if one.phase.ended:
-                break
     return last
 
 

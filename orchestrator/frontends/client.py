@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -87,7 +88,7 @@ class Client:
         """Use a drained node again."""
         await self._call("POST", f"{_job(name)}/nodes/{quote(node, safe='')}/undrain")
 
-    async def events(self, name: str, interval_s: float = 0.2) -> AsyncIterator[JobStatus]:
+    async def events(self, name: str, interval_s: float = 0.2) -> AsyncGenerator[JobStatus]:
         """The status of a job now and after every change; ends when the controller closes the stream."""
         path = f"{_job(name)}/events"
         try:
@@ -101,12 +102,15 @@ class Client:
         except httpx2.TransportError as error:
             raise self._unreachable(error) from error
 
-    async def follow(self, name: str, interval_s: float = 0.2) -> AsyncIterator[JobStatus]:
-        """`events`, connecting again whenever the controller goes away."""
+    async def follow(self, name: str, interval_s: float = 0.2) -> AsyncGenerator[JobStatus]:
+        """`events` until the job has ended, connecting again whenever the controller goes away."""
         while True:
             try:
-                async for status in self.events(name, interval_s):
-                    yield status
+                async with aclosing(self.events(name, interval_s)) as events:
+                    async for status in events:
+                        yield status
+                        if status.phase.ended:
+                            return
             except Unreachable:
                 pass
             await asyncio.sleep(0.1)

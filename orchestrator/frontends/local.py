@@ -151,8 +151,6 @@ class _LocalRun:
             self._schedule.observe(status)
             self._inject()
             self._view.show(status)
-            if status.phase.ended:
-                return
 
     async def _watch(self, following: asyncio.Task[None]) -> JobStatus:
         while not following.done():

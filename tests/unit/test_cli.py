@@ -206,10 +206,12 @@ def test_a_job_from_submission_to_stop(job: Path, served: str, capsys: pytest.Ca
 
     assert main(["stop"]) == 0
     capsys.readouterr()
-    code = main(["status", "--watch", "--json"])
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    watch = [sys.executable, "-m", "orchestrator.cli", "status", "--watch", "--json"]
+    done = subprocess.run(watch, capture_output=True, text=True, check=False, timeout=60)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert done.stderr == ""
     assert last["phase"] in {"SUCCEEDED", "FAILED"}
-    assert code == (7 if last["phase"] == "FAILED" else 0)
+    assert done.returncode == (7 if last["phase"] == "FAILED" else 0)
 
 
 def test_a_wrong_token_is_refused(served: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
