@@ -57,7 +57,6 @@ class RegrowElasticAgent(SimpleElasticAgent):
         self._launch = launch
         self._alive: dict[int, Forked] = {}
         self._exit_codes: dict[int, int] = {}
-        self._failed_at: float | None = None
 
     def fork_workers(self) -> None:
         """Fork all workers of this node; they wait for the rendezvous."""
