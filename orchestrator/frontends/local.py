@@ -13,7 +13,7 @@ from pathlib import Path
 from orchestrator import jobfile
 from orchestrator.core.errors import JobFailed, RegrowError, Unreachable
 from orchestrator.core.spec import JobSpec
-from orchestrator.core.status import JobStatus, Phase
+from orchestrator.core.status import Health, JobStatus, Phase
 from orchestrator.frontends.children import adopt_orphans
 from orchestrator.frontends.client import Client
 from orchestrator.frontends.cluster import Cluster, ledger_of
@@ -24,7 +24,7 @@ TICK_S = 0.05
 """How often processes and faults are looked at."""
 START_WITHIN_S = 30.0
 """How long the controller may take until it answers."""
-STUCK_AFTER_S = 30.0
+STUCK_AFTER_S = 60.0
 """A job that waits for nodes longer than this (beyond its own waiting times) and can get none is given up."""
 
 
@@ -210,10 +210,9 @@ class _LocalRun:
 
     def _give_up_when_stuck(self) -> None:
         """A job that waits for nodes while none can come any more would wait for ever."""
-        status, cluster = self._status, self._cluster
+        status = self._status
         can_change = any(fault.trigger.time_s is not None for fault in self._schedule.pending)
-        coming = any(not child.alive for node, child in cluster.agents.items() if node not in cluster.away)
-        if status is None or status.phase is not Phase.WAITING or can_change or coming:
+        if status is None or status.phase is not Phase.WAITING or can_change or self._coming(status):
             self._waiting_since_s = None
             return
         now_s = time.monotonic()
@@ -225,6 +224,11 @@ class _LocalRun:
                 f"job {status.name} has waited {limit_s:.0f} s at step {status.step} and no node can join any more "
                 f"({status.reason}): give more --nodes, or a --return with a WHEN that comes, such as t=60"
             )
+
+    def _coming(self, status: JobStatus) -> bool:
+        """Whether some node that is not lost has yet to register."""
+        here = {node.node for node in status.nodes if node.verdict.health is not Health.LOST}
+        return not here.issuperset(self._cluster.agents.keys() - self._cluster.away)
 
 
 @contextlib.contextmanager

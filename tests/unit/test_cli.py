@@ -16,7 +16,7 @@ from orchestrator import wire
 from orchestrator.cli import main
 from orchestrator.core.types import NodeReport
 
-COMMANDS = ["run", "serve", "agent", "submit", "status", "drain", "undrain", "stop", "plan"]
+COMMANDS = ["run", "serve", "agent", "submit", "status", "drain", "undrain", "save", "stop", "plan"]
 CHECKPOINT = [["checkpoint", "inspect"], ["checkpoint", "verify"]]
 JOB = """
 apiVersion: regrow.dev/v1alpha1
@@ -204,6 +204,7 @@ def test_a_job_from_submission_to_stop(job: Path, served: str, capsys: pytest.Ca
         assert [(node["node"], node["drained"]) for node in status["nodes"]] == [("node-1", False)]
         assert status["phase"] == "WAITING"
 
+    assert main(["save"]) == 0
     assert main(["stop"]) == 0
     capsys.readouterr()
     watch = [sys.executable, "-m", "orchestrator.cli", "status", "--watch", "--json"]

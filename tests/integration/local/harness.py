@@ -1,11 +1,11 @@
 """A whole cluster of real processes that a test can watch over HTTP and break by hand.
 
-    def test_it(start):
-        run = start(nodes=3, steps=40)
-        run.wait_for_step(12)
-        run.kill_worker("node-1")
-        assert run.finish().phase is Phase.SUCCEEDED
-        run.assert_losses_undisturbed()
+    run = LocalRun(Cluster({"node-0": 1, "node-1": 1}, folder, print), spec, folder)
+    run.begin()
+    run.wait_for_step(12)
+    run.kill_worker("node-1")
+    assert run.finish().phase is Phase.SUCCEEDED
+    run.end()
 
 The processes are those of `regrow run`: `orchestrator.frontends.cluster` starts them, and starts again what crashes.
 """
