@@ -21,7 +21,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-faults: setup  ## every fault test ten times in a row
-	$(BIN)/python -m pytest tests/integration/local --count 10
+	$(BIN)/python -m pytest tests/integration/faults --count 10
 
 lint: setup
 	$(BIN)/ruff check .
