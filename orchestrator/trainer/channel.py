@@ -150,7 +150,7 @@ class Channel:
             raise ConnectionResetError("the agent closed the socket")
         *lines, rest = (received + data).split(b"\n")
         for line in lines:
-            with contextlib.suppress(ValueError, AttributeError, TypeError):  # a newer agent may say more than we know
+            with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):  # a newer agent may say more than we know
                 message = json.loads(line)
                 if message.get("type") == "save":
                     self._request = Request(

@@ -173,6 +173,8 @@ class Session:
         """
         if self._tracked is None:
             raise InvalidInput("session.batches was called before session.track: track the model first")
+        if len(dataset) == 0:
+            raise InvalidInput("session.batches was given an empty dataset: give it at least one sample")
         self._sampler = Sampler(len(dataset), self.plan.batch.global_batch, self._order.seed)
         self._check_sampler(self._sampler)
         last = steps if epochs is None else min(self._sampler.steps(epochs), steps or self._sampler.steps(epochs))
