@@ -47,7 +47,7 @@ class JobState:
         self.max_step = 0
         """Highest step that the newest generation was seen to reach."""
         self.save_request = 0
-        """Number of the last save that a user ordered in this generation; a restarted controller does not know of it."""
+        """Number of the last save that a user ordered in this generation; forgotten when the controller restarts."""
         self.loss: tuple[int, float] | None = None
         """Newest (step, loss)."""
         self._assigned: frozenset[str] = (
