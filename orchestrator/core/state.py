@@ -44,7 +44,7 @@ class JobState:
         self.clock = StepClock()
         self.now_s = self.opened_s = now_s
         self.reason = "the controller has just started"
-        self.max_step = 0
+        self.max_step = max(0, history.newest_step)
         """Highest step that the newest generation was seen to reach."""
         self.save_request = 0
         """Number of the last save that a user ordered in this generation; forgotten when the controller restarts."""

@@ -29,7 +29,7 @@ from orchestrator.core.types import (
 )
 
 GLOBAL_BATCH = 16  # not a multiple of three
-MODEL = ["--hidden=32", "--heads=4", "--kv-heads=4", "--ffn-hidden=48", "--seq-length=8", "--warmup=2"]
+MODEL = ["--layers=3", "--hidden=32", "--heads=4", "--kv-heads=4", "--ffn-hidden=48", "--seq-length=8", "--warmup=2"]
 """Arguments of the example for a model that trains fast."""
 
 
@@ -75,7 +75,7 @@ def split(mesh: Mesh, micro_batches: int) -> BatchSplit:
 
 
 def stages(mesh: Mesh) -> tuple[int, ...]:
-    return {1: (4,), 2: (3, 1), 3: (1, 2, 1), 4: (1, 1, 1, 1)}[mesh.pp]
+    return {1: (3,), 2: (2, 1), 3: (1, 1, 1)}[mesh.pp]
 
 
 class Job:

@@ -129,9 +129,12 @@ class LocalRun:
     # ---------------------------------------------------------------- watching
 
     def status(self) -> JobStatus | None:
-        """The job now; None while the controller is away."""
+        """The job now; None while the controller is away.
+
+        Its listener outlives it, so a request to a dead controller waits: not for long, as we are to start it again.
+        """
         try:
-            response = self._http.get(f"/v1/jobs/{self.spec.name}")
+            response = self._http.get(f"/v1/jobs/{self.spec.name}", timeout=1.0)
         except httpx2.TransportError:
             return None
         assert response.status_code == 200, response.text
