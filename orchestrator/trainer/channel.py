@@ -150,14 +150,14 @@ class Channel:
             raise ConnectionResetError("the agent closed the socket")
         *lines, rest = (received + data).split(b"\n")
         for line in lines:
-            with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):  # a newer agent may say more than we know
-                message = json.loads(line)
-                if message.get("type") == "save":
-                    self._request = Request(
-                        max(self._request.number, int(message["request"])),
-                        self._request.pause or bool(message["pause"]),
-                    )
+            with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):  # not for us to understand
+                self._obey(json.loads(line))
         return rest
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        if message.get("type") == "save":
+            number, pause = int(message["request"]), bool(message["pause"])
+            self._request = Request(max(self._request.number, number), self._request.pause or pause)
 
 
 def _line(**message: Any) -> bytes:

@@ -30,9 +30,19 @@ def preload() -> None:
     """Import and warm up; takes two to four seconds of one core, and then saves them in every worker."""
     for module in MODULES:
         importlib.import_module(module)
+    _read_an_order()
     _train_once()
     gc.collect()
     gc.freeze()  # a collection in a child would otherwise copy every page of the parent
+
+
+def _read_an_order() -> None:
+    """Have the JSON codec of launch orders compiled."""
+    from orchestrator import wire
+    from orchestrator.core.types import LaunchOrder, Mesh
+    from orchestrator.trainer.world import own_order
+
+    wire.loads(wire.dumps(own_order(Mesh(), 1, None, 0)), LaunchOrder)
 
 
 def _train_once() -> None:
