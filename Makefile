@@ -2,6 +2,7 @@
 .PHONY: setup demo test test-faults lint bench clean
 
 PYTHON ?= python3
+COUNT ?= 10
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -18,10 +19,10 @@ demo: setup  ## lose a node, get it back, and compare with a run that was left a
 	$(BIN)/regrow run deploy/examples/gpt/job.yaml --nodes 4 --fail "node-2@step=40" --return "node-2@step=80" --compare
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not fault"
 
-test-faults: setup  ## every fault test ten times in a row
-	$(BIN)/python -m pytest tests/integration/faults --count 10
+test-faults: setup  ## break whole clusters, every way COUNT times in a row
+	$(BIN)/python -m pytest -m fault --count $(COUNT)
 
 lint: setup
 	$(BIN)/ruff check .

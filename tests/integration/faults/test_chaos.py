@@ -47,6 +47,7 @@ def strike(run: FaultRun, chance: random.Random) -> str:
     return f"{kind} {node}"
 
 
+@pytest.mark.fault
 @pytest.mark.timeout(600)
 def test_random_faults(submit: Submit, undisturbed: Undisturbed) -> None:
     seed = int(os.environ.get("REGROW_CHAOS_SEED", random.SystemRandom().randrange(10**6)))

@@ -20,7 +20,7 @@ from tests.integration.local.harness import JobOptions, difference
 OPTIONS = JobOptions(steps=80, interval="5 steps")
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(400)]
 
 
 def recovered(run: FaultRun, undisturbed: Undisturbed, options: JobOptions = OPTIONS) -> JobStatus:

@@ -97,6 +97,8 @@ def test_too_few_nodes_wait_with_a_reason_and_are_given_up_when_none_can_come(tm
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.fault
+@pytest.mark.timeout(600)
 def test_faults_compared_with_an_undisturbed_run(tmp_path: Path) -> None:
     job = written(tmp_path, JobOptions(steps=30, max_nodes=3))
     arguments = ["--nodes", "3", "--runs-dir", str(tmp_path / "runs"), "--compare", "--json", "--seed", "5"]
