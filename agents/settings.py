@@ -13,8 +13,9 @@ from typing import NoReturn
 
 from orchestrator.core.errors import InvalidInput
 
-PRELOAD = "orchestrator.trainer.session"
-"""Module that the warm process imports besides torch, so that training scripts find their imports done."""
+PRELOAD = "orchestrator.trainer.preload"
+"""Module that the warm process imports besides torch, and whose `preload()` it calls if there is one: what training
+scripts would import and do for the first time is done once, before they are forked."""
 TOKEN_VARIABLE = "REGROW_TOKEN"  # noqa: S105  # the name of a variable
 """Environment variable with the token; training scripts do not get to see it."""
 

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def warm_up(preload: str | None) -> None:
-    """Import all that a launch needs; `preload` is one more module, which need not exist."""
+    """Import all that a launch needs; `preload` is one more module, which need not exist, with a `preload()` to call."""
     for name in WARM_MODULES:
         importlib.import_module(name)
     _warm_codec()
@@ -81,7 +81,8 @@ def _warm_codec() -> None:
 
 def _preload(name: str) -> None:
     try:
-        importlib.import_module(name)
+        module = importlib.import_module(name)
+        getattr(module, "preload", lambda: None)()
     except ImportError:
         traceback.print_exc()  # scripts that do not need it run all the same; the others will say so themselves
 
