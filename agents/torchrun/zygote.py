@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def warm_up(preload: str | None) -> None:
-    """Import all that a launch needs; `preload` is one more module, which need not exist, with a `preload()` to call."""
+    """Import all that a launch needs, and call `preload()` of one more module, which need not exist."""
     for name in WARM_MODULES:
         importlib.import_module(name)
     _warm_codec()
