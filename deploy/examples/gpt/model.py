@@ -134,9 +134,14 @@ def rotary_table(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: Config, seed: int) -> None:
-    """Draw every matrix from a generator of its own, seeded by its name; norms keep their ones."""
+    """Draw every matrix from a generator of its own, seeded by its name; norms keep their ones.
+
+    The standard deviation is `1 / sqrt(hidden)`. The 0.02 that suits wide models would leave a narrow one's attention
+    with gradients so close to zero that Adam turns their rounding into whole steps: after 120 steps two meshes would
+    differ by 1e-5 in the loss instead of 1e-7.
+    """
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             depth = 2 * config.layers if name.endswith(("wo.weight", "w2.weight")) else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02 / math.sqrt(depth))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(config.hidden * depth))
