@@ -95,11 +95,13 @@ def test_padded_targets_cost_nothing(example: Any) -> None:
     assert losses[1] == 0.0
 
 
-def test_the_job_file_describes_the_model_that_the_script_builds(example: Any) -> None:
+def test_the_job_file_describes_the_model_that_the_script_builds(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = jobfile.load(FOLDER / "job.yaml")
-    config = sys.modules["model"].Config()
+    monkeypatch.setattr(sys, "argv", ["train.py", *spec.entrypoint.args])
+    arguments = vars(example.arguments())
     assert spec.model is not None
-    assert {name: getattr(spec.model, name) for name in vars(config)} == vars(config)
+    names = list(vars(sys.modules["model"].Config()))
+    assert {name: getattr(spec.model, name) for name in names} == {name: arguments[name] for name in names}
 
 
 SCRIPT = [str(FOLDER / "train.py"), "--steps=3", "--layers=1", "--seq-length=8"]
