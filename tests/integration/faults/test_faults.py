@@ -77,14 +77,18 @@ def test_a_node_is_lost_during_recovery(submit: Submit, undisturbed: Undisturbed
 
 
 def test_the_controller_is_killed_during_training(submit: Submit, undisturbed: Undisturbed) -> None:
-    run = submit(OPTIONS)
+    options = JobOptions(steps=300, interval="50 steps")  # long enough to be still training under the new controller
+    run = submit(options)
     run.wait_for_step(12)
     before = run.workers()
+    assert len(before) == len(NODES)
     run.kill_controller()
-    status = run.wait_for(lambda status: status.step >= 20, "training under the new controller")
-    if not status.phase.ended:
-        assert run.workers() in ({}, before), "workers were restarted"
-    status = recovered(run, undisturbed)
+    run.wait_for(
+        lambda status: sum(bool(node.pids) for node in status.nodes) == len(NODES) or status.phase.ended,
+        "all workers known to the new controller",
+    )
+    assert run.workers() == before, "workers were restarted"
+    status = recovered(run, undisturbed, options)
     assert status.incidents == ()
 
 
