@@ -16,9 +16,18 @@ LARGEST = 2**63 - 1
 def corrupt(file: str, reason: str, tensor: str | None = None) -> CorruptCheckpoint:
     """The error for damaged bytes of `file` (and of `tensor` in it)."""
     where = f" at tensor {tensor}" if tensor else ""
-    return CorruptCheckpoint(
+    error = CorruptCheckpoint(
         f"checkpoint file {file} is corrupt{where}: {reason}; restore an older checkpoint or another copy of this one"
     )
+    error.file, error.reason, error.tensor = file, reason, tensor
+    return error
+
+
+def naming(error: CorruptCheckpoint, tensor: str) -> CorruptCheckpoint:
+    """The same error, which names `tensor` unless it names one already."""
+    if error.tensor is not None or error.file is None or error.reason is None:
+        return error
+    return corrupt(error.file, error.reason, tensor)
 
 
 def parse_object(text: bytes, file: str) -> Fields:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ITEM_BYTES = {
     "BOOL": 1,
@@ -65,6 +65,10 @@ class Box:
         """The same elements counted from `origin`."""
         return Box(tuple(start - base for start, base in zip(self.offsets, origin, strict=True)), self.sizes)
 
+    def shifted(self, origin: tuple[int, ...]) -> Box:
+        """The same box counted from where `origin` is `(0, ...)`: the inverse of `relative_to`."""
+        return Box(tuple(start + base for start, base in zip(self.offsets, origin, strict=True)), self.sizes)
+
     def __str__(self) -> str:
         return "[" + ", ".join(f"{part.start}:{part.stop}" for part in self.slices) + "]"
 
@@ -100,14 +104,25 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor in a file: the row-major elements from byte `begin` on."""
+    """A box of a tensor in a file: its elements from byte `begin` on, row-major unless `strides` says otherwise."""
 
     box: Box
     file: str
-    """Path relative to the checkpoint's directory."""
+    """Path relative to the checkpoint's directory; empty when `data` holds the bytes."""
     begin: int
     digest: str | None = None
     """xxh3-128 (hex) of its bytes; None where the format keeps none."""
+    strides: tuple[int, ...] | None = None
+    """Elements from one index to the next along each dimension; None = row-major without gaps."""
+    blob_bytes: int | None = None
+    """The chunk is inside a serialised tensor (a `torch.save` archive or a safetensors file) of so many bytes that
+    starts at `begin`; that is opened when the chunk is first read."""
+    data: bytes | None = None
+    """The elements themselves, for a few values that the source keeps among its metadata."""
+
+    def moved(self, box: Box) -> Chunk:
+        """The same bytes at another place of the tensor (as many elements per dimension)."""
+        return replace(self, box=box)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +136,10 @@ class LogicalTensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+    others: tuple[tuple[Chunk, ...], ...] = ()
+    """Further copies of the whole tensor, from ranks that hold it too."""
+    average: bool = False
+    """The tensor is the mean of `chunks` and all `others`; otherwise `others` should equal `chunks`."""
 
     @property
     def item_bytes(self) -> int:
@@ -131,3 +150,53 @@ class LogicalTensor:
     def size_bytes(self) -> int:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.item_bytes
+
+
+def row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a tensor without gaps."""
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def is_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements with these strides follow one another without gaps (strides of extent 1 do not matter)."""
+    step = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+def flat_boxes(shape: tuple[int, ...], start: int, count: int) -> list[tuple[int, Box]]:
+    """Elements `start .. start + count` of the flattened row-major tensor as boxes, at most 2n - 1 of them.
+
+    Each comes with the number of elements before it in the range: within a box the flat order is the box's own
+    row-major order, so a box is contiguous wherever the range is.
+    """
+    if count == 0:
+        return []
+    if not shape:
+        return [(0, Box((), ()))]
+    inner = math.prod(shape[1:])
+    first, skip = divmod(start, inner)
+    last, tail = divmod(start + count, inner)
+    rest = shape[1:]
+    if first == last:  # within one row
+        return [(at, _in_row(first, box)) for at, box in flat_boxes(rest, skip, count)]
+    found: list[tuple[int, Box]] = []
+    if skip:
+        found += [(at, _in_row(first, box)) for at, box in flat_boxes(rest, skip, inner - skip)]
+        first += 1
+    if first < last:
+        found.append((first * inner - start, Box((first, *(0,) * len(rest)), (last - first, *rest))))
+    if tail:
+        found += [(last * inner - start + at, _in_row(last, box)) for at, box in flat_boxes(rest, 0, tail)]
+    return found
+
+
+def _in_row(row: int, box: Box) -> Box:
+    return Box((row, *box.offsets), (1, *box.sizes))

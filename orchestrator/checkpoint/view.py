@@ -2,45 +2,67 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from orchestrator.checkpoint.fields import corrupt
-from orchestrator.checkpoint.layout import Box, Chunk, LogicalTensor
+from orchestrator.checkpoint.archive import open_blob
+from orchestrator.checkpoint.fields import corrupt, naming
+from orchestrator.checkpoint.files import Files
+from orchestrator.checkpoint.layout import Box, Chunk, LogicalTensor, is_row_major, row_major
 from orchestrator.checkpoint.reshard import Copy, plan_copies
-from orchestrator.core.errors import CheckpointError
+from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
 
 Bytes = npt.NDArray[Any]
-_ITEMS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+ITEMS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+"""Bytes per element -> the integers that elements are moved as, so that no bit of them changes."""
 
 
 class UniversalView:
-    """A checkpoint's tensors, state and step. Building it copies nothing; files are mapped when first read.
+    """A checkpoint's tensors, state and step. Building it copies nothing; files are opened when first read.
 
-    Safe to read from several threads. Its memory maps live as long as it does.
+    Safe to read from several threads.
     """
 
     def __init__(
         self,
-        directory: Path,
+        files: Files,
         *,
         step: int,
         generation: int,
         state: dict[str, Any],
         tensors: dict[str, LogicalTensor],
+        source: str = "native",
+        aliases: Mapping[str, str] | None = None,
+        frozen: Iterable[str] = (),
+        training_dtypes: Mapping[str, str] | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
-        self.directory = directory
+        self.files = files
         self.step = step
+        """Optimizer steps taken; 0 where the source does not say."""
         self.generation = generation
+        """The generation that wrote it; 0 for formats without."""
         self.state = state
+        """JSON-able scalar state; `param_groups` lists the hyper-parameters of each group with its parameters' names
+        under `params`."""
         self.tensors = tensors
-        self._maps: dict[str, mmap.mmap] = {}
+        """By name (`P` or `P.<state>`). A parameter's value is the fp32 master where there is one."""
+        self.source = source
+        """The format, in words: `native`, `deepspeed zero 3`, `dcp`, ..."""
+        self.aliases = dict(aliases or {})
+        """Tied name -> the name stored in `tensors`; aliases are not in `tensors`."""
+        self.frozen = frozenset(frozen)
+        """Parameters that are not trained (values only)."""
+        self.training_dtypes = dict(training_dtypes or {})
+        """Parameter -> dtype of the weights that it was trained with, where another than its tensor's."""
+        self.notes = tuple(notes)
+        """What a reader should know: how the source was read, what it does not hold. Whole sentences."""
+        self._opened: dict[tuple[str, int], Chunk] = {}
 
     def read(self, name: str, box: Box, out: Any, *, check: bool = False) -> int:
         """Fill `out`, a writable C-contiguous buffer of the box, from exactly the box's bytes; returns their number.
@@ -49,25 +71,27 @@ class UniversalView:
         tensor or box that is not there, `CorruptCheckpoint` for missing elements, a shortened file or a wrong checksum.
         """
         tensor = self._tensor(name, box)
-        items = _ITEMS[tensor.item_bytes]
+        items = ITEMS[tensor.item_bytes]
         target = memoryview(out).cast("B") if box.elements else memoryview(b"")
         if target.nbytes != box.elements * tensor.item_bytes:
             raise CheckpointError(
                 f"{name} {box} has {box.elements * tensor.item_bytes} bytes but the buffer for it has {target.nbytes}: "
                 "give a buffer of the box's size"
             )
-        plan = plan_copies(box, tensor.chunks)
-        if plan.missing:
-            raise corrupt(self.directory.name, f"no chunk holds {', '.join(map(str, plan.missing[:3]))}", name)
-        if not plan.copies:
+        if not box.elements:
             return 0
         destination = np.frombuffer(target, items).reshape(box.sizes)
-        for copy in plan.copies:
-            source = self._array(tensor, copy.chunk)
-            if check and copy.chunk.digest is not None and copy.source.elements == copy.chunk.box.elements:
-                self._check(tensor, copy, source)
-            np.copyto(_part(destination, copy.destination), _part(source, copy.source))
+        self._fill(tensor, tensor.chunks, box, destination, check)
+        if tensor.average and tensor.others:
+            self._average(tensor, box, destination, check)
         return target.nbytes
+
+    def read_replica(self, name: str, index: int, box: Box, out: Any) -> None:
+        """Fill `out` from the `index`-th of the tensor's `others` alone; raises as `read` does."""
+        tensor = self._tensor(name, box)
+        if box.elements:
+            destination = np.frombuffer(memoryview(out).cast("B"), ITEMS[tensor.item_bytes]).reshape(box.sizes)
+            self._fill(tensor, tensor.others[index], box, destination, check=False)
 
     def _tensor(self, name: str, box: Box) -> LogicalTensor:
         tensor = self.tensors.get(name)
@@ -80,42 +104,81 @@ class UniversalView:
             )
         return tensor
 
-    def _check(self, tensor: LogicalTensor, copy: Copy, source: Bytes) -> None:
-        if xxhash.xxh3_128_hexdigest(source.data) != copy.chunk.digest:
-            reason = f"the bytes of chunk {copy.chunk.box} do not match their checksum"
-            raise corrupt(self._label(copy.chunk.file), reason, tensor.name)
-
-    def _array(self, tensor: LogicalTensor, chunk: Chunk) -> Bytes:
-        """The chunk as an array over its file; nothing is read yet."""
-        mapped = self._mapped(chunk.file, tensor.name)
-        count = chunk.box.elements
-        if chunk.begin + count * tensor.item_bytes > len(mapped):
-            raise corrupt(self._label(chunk.file), f"it ends at byte {len(mapped)}", tensor.name)
-        array: Bytes = np.frombuffer(mapped, _ITEMS[tensor.item_bytes], count, chunk.begin)
-        return array.reshape(chunk.box.sizes)
-
-    def _mapped(self, file: str, tensor: str) -> mmap.mmap:
-        mapped = self._maps.get(file)
-        if mapped is None:
+    def _fill(self, tensor: LogicalTensor, chunks: Iterable[Chunk], box: Box, destination: Bytes, check: bool) -> None:
+        plan = plan_copies(box, chunks)
+        if plan.missing:
+            reason = f"no chunk holds {', '.join(map(str, plan.missing[:3]))}"
+            raise corrupt(self.files.location, reason, tensor.name)
+        for copy in plan.copies:
             try:
-                descriptor = os.open(self.directory / file, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError as error:
-                raise corrupt(self._label(file), "it is missing", tensor) from error
-            except OSError as error:
-                raise CheckpointError(
-                    f"checkpoint file {self.directory / file} cannot be read ({error.strerror}): make it readable"
-                ) from error
-            try:
-                if os.fstat(descriptor).st_size == 0:
-                    raise corrupt(self._label(file), "it is empty", tensor)
-                mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
-            finally:
-                os.close(descriptor)
-            mapped = self._maps.setdefault(file, mapped)
-        return mapped
+                self._copy(tensor, copy, _part(destination, copy.destination), check)
+            except CorruptCheckpoint as error:
+                raise naming(error, tensor.name) from error
 
-    def _label(self, file: str) -> str:
-        return f"{self.directory.name}/{file}"
+    def _copy(self, tensor: LogicalTensor, copy: Copy, target: Bytes, check: bool) -> None:
+        chunk = copy.chunk
+        if chunk.blob_bytes is not None:
+            chunk = self._resolved(tensor, chunk)
+        strides = row_major(chunk.box.sizes) if chunk.strides is None else chunk.strides
+        skipped = sum(offset * stride for offset, stride in zip(copy.source.offsets, strides, strict=True))
+        begin = chunk.begin + skipped * tensor.item_bytes
+        if chunk.data is not None:
+            count = copy.source.elements
+            np.copyto(target, np.frombuffer(chunk.data, ITEMS[tensor.item_bytes], count, begin).reshape(target.shape))
+        elif not is_row_major(copy.source.sizes, strides):
+            np.copyto(target, self._strided(tensor, chunk, begin, copy.source.sizes, strides))
+        elif target.flags.c_contiguous:
+            self.files.read_into(chunk.file, begin, _bytes(target))
+            self._check(tensor, copy, target, check)
+        else:
+            staged = np.empty(target.shape, target.dtype)
+            self.files.read_into(chunk.file, begin, _bytes(staged))
+            self._check(tensor, copy, staged, check)
+            np.copyto(target, staged)
+
+    def _check(self, tensor: LogicalTensor, copy: Copy, data: Bytes, check: bool) -> None:
+        chunk = copy.chunk
+        if check and chunk.digest is not None and copy.source.elements == chunk.box.elements:  # noqa: SIM102
+            if xxhash.xxh3_128_hexdigest(_bytes(data)) != chunk.digest:
+                reason = f"the bytes of chunk {chunk.box} do not match their checksum"
+                raise corrupt(self.files.label(chunk.file), reason, tensor.name)
+
+    def _strided(
+        self, tensor: LogicalTensor, chunk: Chunk, begin: int, sizes: tuple[int, ...], strides: tuple[int, ...]
+    ) -> Bytes:
+        """The elements as an array over the file, whatever lies between them."""
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        item = tensor.item_bytes
+        flat = np.frombuffer(self.files.span(chunk.file, begin, reach * item), ITEMS[item])
+        steps = tuple(stride * item for stride in strides)
+        return np.lib.stride_tricks.as_strided(flat, sizes, steps, writeable=False)
+
+    def _resolved(self, tensor: LogicalTensor, chunk: Chunk) -> Chunk:
+        """The chunk inside its serialised tensor, which is opened once."""
+        key = (chunk.file, chunk.begin)
+        inner = self._opened.get(key)
+        if inner is None:
+            assert chunk.blob_bytes is not None
+            stored = open_blob(self.files, chunk.file, chunk.begin, chunk.blob_bytes)
+            if stored.dtype != tensor.dtype or stored.shape != chunk.box.sizes:
+                raise corrupt(
+                    self.files.label(chunk.file),
+                    f"at byte {chunk.begin} it holds {stored.dtype} {list(stored.shape)} where {tensor.dtype} "
+                    f"{list(chunk.box.sizes)} is expected",
+                    tensor.name,
+                )
+            inner = replace(chunk, begin=stored.begin, strides=stored.strides, blob_bytes=None)
+            self._opened[key] = inner
+        return inner
+
+    def _average(self, tensor: LogicalTensor, box: Box, destination: Bytes, check: bool) -> None:
+        """The mean of all copies, in the order in which they are listed, rounded once per addition in fp32 or wider."""
+        total = _floats(destination, tensor.dtype)
+        for chunks in tensor.others:
+            one = np.empty_like(destination)
+            self._fill(tensor, chunks, box, one, check)
+            total = total + _floats(one, tensor.dtype)
+        np.copyto(destination, _items(total / total.dtype.type(1 + len(tensor.others)), tensor.dtype))
 
 
 def _part(array: Bytes, box: Box) -> Bytes:
@@ -123,3 +186,32 @@ def _part(array: Bytes, box: Box) -> Bytes:
     index: tuple[Any, ...] = (*box.slices, ...)
     part: Bytes = array[index]
     return part
+
+
+def _bytes(array: Bytes) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(array.reshape(-1).view(np.uint8).data)
+
+
+def _floats(array: Bytes, dtype: str) -> Bytes:
+    """The numbers that the items stand for, in fp32 or wider; raises `CheckpointError` for dtypes that no mean has."""
+    if dtype == "F64":
+        return array.view(np.float64)
+    if dtype == "F32":
+        return array.view(np.float32)
+    if dtype == "F16":
+        return array.view(np.float16).astype(np.float32)
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    raise CheckpointError(f"tensors of dtype {dtype} cannot be averaged: name them as replicated in the rules")
+
+
+def _items(numbers: Bytes, dtype: str) -> Bytes:
+    """The inverse of `_floats`, rounding to the nearest even."""
+    if dtype == "BF16":
+        bits = numbers.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(numbers), np.uint16(0x7FC0), rounded.astype(np.uint16))
+    if dtype == "F16":
+        return numbers.astype(np.float16).view(np.uint16)
+    return numbers.view(ITEMS[numbers.itemsize])

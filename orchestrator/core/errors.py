@@ -32,7 +32,11 @@ class CheckpointError(RegrowError):
 
 
 class CorruptCheckpoint(CheckpointError):
-    """A checkpoint's bytes are not what its manifest says."""
+    """A checkpoint's bytes are not what its manifest says; `file`, `reason` and `tensor` are parts of the message."""
+
+    file: str | None = None
+    reason: str | None = None
+    tensor: str | None = None
 
 
 class Conflict(RegrowError):

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.durable import locked, sync_directory, temporary, write_synced
+from orchestrator.checkpoint.files import Files, LocalFiles
+from orchestrator.checkpoint.formats import Reading
 from orchestrator.checkpoint.layout import ITEM_BYTES, KINDS, Piece
 from orchestrator.checkpoint.manifest import (
     MANIFEST,
@@ -25,17 +27,19 @@ from orchestrator.checkpoint.manifest import (
     directory_name,
     encode_part,
     merge_states,
+    parse_directory_name,
     part_name,
 )
 from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts
 from orchestrator.checkpoint.root import create_root, parse_root, require_space
-from orchestrator.checkpoint.store import require_fence
+from orchestrator.checkpoint.store import committed, require_fence
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError, Refused
 from orchestrator.core.types import SaveReport
 
-__all__ = ["UniversalView", "open_view", "write_part"]
+__all__ = ["NAME", "UniversalView", "open_files", "open_view", "recognise", "write_part"]
 
+NAME = "native"
 MANIFEST_ROOM_BYTES = 1 << 20
 """Free space asked for beyond the data itself."""
 
@@ -48,17 +52,47 @@ def open_view(root: str | Path, path: str) -> UniversalView:
     base = parse_root(root)
     manifest = load_manifest(base, path)
     directory = base / path
+    files = LocalFiles(directory)
     parts = [
         load_part(directory, entry, step=manifest.step, generation=manifest.generation, world_size=len(manifest.parts))
         for entry in manifest.parts
     ]
     return UniversalView(
-        directory,
+        files,
         step=manifest.step,
         generation=manifest.generation,
         state=merge_states([part.state for part in parts]),
         tensors=merge_parts(directory, parts),
     )
+
+
+def recognise(files: Files) -> bool:
+    """Whether the files are a native checkpoint, or the folder of them."""
+    if not isinstance(files, LocalFiles):
+        return False
+    at = files.directory
+    if parse_directory_name(at.name) is not None:
+        return any(name.startswith("part-") for name in files.names()) or MANIFEST in files.names()
+    return any(parse_directory_name(name.split("/", 1)[0]) is not None for name in files.names())
+
+
+def open_files(files: Files, reading: Reading) -> UniversalView:
+    """The view of the newest committed checkpoint, or of the one whose step or name `reading.tag` gives."""
+    if not isinstance(files, LocalFiles):
+        raise CheckpointError(f"{files.location} is not a directory of this host: native checkpoints are read from one")
+    at = files.directory
+    if parse_directory_name(at.name) is not None:
+        return open_view(at.parent, at.name)
+    found = committed(at)
+    if not found:
+        raise CheckpointError(f"{at} holds no committed checkpoint: give the folder that a job's checkpoint.uri names")
+    if reading.tag is None:
+        return open_view(at, found[0].path)
+    for one in found:
+        if reading.tag in (one.path, str(one.step)):
+            return open_view(at, one.path)
+    steps = ", ".join(str(one.step) for one in found[:10])
+    raise CheckpointError(f"{at} holds no committed checkpoint {reading.tag}: choose one of the steps {steps}")
 
 
 def write_part(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.checkpoint.files import LocalFiles
 from orchestrator.checkpoint.formats import native
 from orchestrator.checkpoint.layout import Box, Chunk, LogicalTensor
 from orchestrator.checkpoint.view import UniversalView
@@ -102,7 +103,7 @@ def test_a_chunk_read_whole_is_checked_when_asked(tmp_path: Path) -> None:
 def test_missing_elements_are_named(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(bytes(range(8)))
     tensor = LogicalTensor("t", "t", None, "buffer", "U8", (4, 4), (Chunk(Box((0, 0), (2, 4)), "raw", 0),))
-    view = UniversalView(tmp_path, step=1, generation=1, state={}, tensors={"t": tensor})
+    view = UniversalView(LocalFiles(tmp_path), step=1, generation=1, state={}, tensors={"t": tensor})
     out = bytearray(8)
     view.read("t", Box((0, 0), (2, 4)), out)
     assert out == bytes(range(8))
@@ -113,7 +114,7 @@ def test_missing_elements_are_named(tmp_path: Path) -> None:
 def test_an_unaligned_chunk_of_another_format(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(b"xyz" + WEIGHT.tobytes())
     tensor = LogicalTensor("t", "t", None, "buffer", "F32", (8, 6), (Chunk(Box.whole((8, 6)), "raw", 3),))
-    view = UniversalView(tmp_path, step=1, generation=1, state={}, tensors={"t": tensor})
+    view = UniversalView(LocalFiles(tmp_path), step=1, generation=1, state={}, tensors={"t": tensor})
     out = np.zeros((8, 2), np.float32)
     view.read("t", Box((0, 2), (8, 2)), out)
     assert (out == WEIGHT[:, 2:4]).all()
