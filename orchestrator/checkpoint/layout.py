@@ -117,6 +117,10 @@ class Chunk:
     blob_bytes: int | None = None
     """The chunk is inside a serialised tensor (a `torch.save` archive or a safetensors file) of so many bytes that
     starts at `begin`; that is opened when the chunk is first read."""
+    blob_shape: tuple[int, ...] | None = None
+    """Shape of that serialised tensor where the chunk is not all of it; `strides` is then unused."""
+    blob_box: Box | None = None
+    """The part of that serialised tensor that the chunk is; it may have leading dimensions of extent 1 more."""
     data: bytes | None = None
     """The elements themselves, for a few values that the source keeps among its metadata."""
 
@@ -140,6 +144,8 @@ class LogicalTensor:
     """Further copies of the whole tensor, from ranks that hold it too."""
     average: bool = False
     """The tensor is the mean of `chunks` and all `others`; otherwise `others` should equal `chunks`."""
+    rule: str | None = None
+    """What the rule that merged it from several ranks' pieces says, in words; None where it was stored as one."""
 
     @property
     def item_bytes(self) -> int:
