@@ -8,12 +8,13 @@ import json
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from orchestrator.checkpoint.fields import corrupt
-from orchestrator.checkpoint.files import MAX_METADATA_BYTES, Files
+from orchestrator.checkpoint.files import MAX_METADATA_BYTES, Files, read_blocks
 from orchestrator.checkpoint.layout import ITEM_BYTES, MAX_DIMENSIONS, is_row_major
 from orchestrator.checkpoint.unpickle import Name, PickleError, Record, unpickle
 
@@ -71,6 +72,11 @@ class StoredTensor:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its elements, without what strides skip."""
+        return self.elements * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
@@ -110,6 +116,27 @@ def open_blob(files: Files, file: str, begin: int, count: int) -> StoredTensor:
     if len(tensors) != 1:
         raise corrupt(files.label(file), f"at byte {begin} it holds {len(tensors)} tensors instead of one")
     return next(iter(tensors.values()))
+
+
+def check_records(files: Files, file: str, begin: int, count: int) -> int | None:
+    """Compare every record of an archive with its CRC-32; returns the bytes compared, None where it is no archive.
+
+    Raises `CorruptCheckpoint` naming the record that differs.
+    """
+    if count < 4 or not _starts_with(files, file, b"PK\x03\x04", begin):
+        return None
+    try:
+        archive = _Archive(files, file, begin, count)
+        ranges = [(name, archive.start(entry), entry) for name, entry in archive.entries.items()]
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError, ValueError, EOFError) as error:
+        raise corrupt(files.label(file), f"it is not a torch.save archive ({str(error)[:100]})") from error
+    for name, start, entry in ranges:
+        found = 0
+        for block in read_blocks(files, file, start, start + entry.file_size):
+            found = zlib.crc32(block, found)
+        if found != entry.CRC:
+            raise corrupt(files.label(file), f"record {name} does not match its CRC-32")
+    return count
 
 
 def read_safetensors(
@@ -210,12 +237,12 @@ class _Archive:
         return unpickle(data, self._storage, self._builders())
 
     def _content(self, entry: zipfile.ZipInfo, limit: int) -> bytes:
-        start = self._start(entry)
+        start = self.start(entry)
         if entry.file_size > limit:
             raise ValueError(f"{entry.filename} has {entry.file_size} bytes")
         return _bytes(self.files, self.file, start, entry.file_size)
 
-    def _start(self, entry: zipfile.ZipInfo) -> int:
+    def start(self, entry: zipfile.ZipInfo) -> int:
         """First byte of the entry's content in the file."""
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise ValueError(f"{entry.filename[:100]} is compressed")
@@ -242,7 +269,7 @@ class _Archive:
             entry = self.entries.get(f"{self.prefix}data/{key}")
             if entry is None:
                 raise PickleError(f"storage {key[:50]} is missing")
-            known = self.storages[key] = _Storage(self._start(entry), entry.file_size, dtype)
+            known = self.storages[key] = _Storage(self.start(entry), entry.file_size, dtype)
         if elements * ITEM_BYTES[dtype] > known.size_bytes:
             raise PickleError(f"storage {key[:50]} has {known.size_bytes} bytes, too few for {elements} elements")
         return _Storage(known.begin, known.size_bytes, dtype)

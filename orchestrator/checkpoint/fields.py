@@ -92,6 +92,13 @@ class Fields:
             raise self.fail(f"{key} is {_short(value)} where a string is expected")
         return value
 
+    def texts(self, key: str) -> list[str]:
+        """A list of strings."""
+        values = self._list(key)
+        if not all(isinstance(value, str) for value in values):
+            raise self.fail(f"{key} is {_short(values)} where a list of strings is expected")
+        return values
+
     def optional_text(self, key: str) -> str | None:
         """A string or null."""
         return None if self._member(key) is None else self.text(key)

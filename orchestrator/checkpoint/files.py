@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,9 @@ class Files(Protocol):
     def size(self, file: str) -> int:
         """Bytes of the file."""
 
+    def version(self, file: str) -> str:
+        """What changes when the file's contents do: size and time of change, or an object's tag."""
+
     def read_into(self, file: str, begin: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `begin` on."""
 
@@ -54,6 +58,16 @@ def read_whole(files: Files, file: str, limit_bytes: int = MAX_METADATA_BYTES) -
     data = bytearray(count)
     files.read_into(file, 0, memoryview(data))
     return bytes(data)
+
+
+def read_blocks(files: Files, file: str, begin: int, end: int, block_bytes: int = 4 << 20) -> Iterator[memoryview]:
+    """Bytes `begin .. end` piece by piece; each is valid until the next is asked for."""
+    block = memoryview(bytearray(min(block_bytes, end - begin)))
+    while begin < end:
+        piece = block[: end - begin]
+        files.read_into(file, begin, piece)
+        yield piece
+        begin += piece.nbytes
 
 
 class _Handle:
@@ -97,6 +111,11 @@ class LocalFiles:
     def size(self, file: str) -> int:
         """Bytes of the file."""
         return os.fstat(self._handle(file).descriptor).st_size
+
+    def version(self, file: str) -> str:
+        """Size and time of change."""
+        found = os.fstat(self._handle(file).descriptor)
+        return f"{found.st_size}-{found.st_mtime_ns}"
 
     def read_into(self, file: str, begin: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `begin` on."""

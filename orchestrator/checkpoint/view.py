@@ -14,12 +14,11 @@ from orchestrator.checkpoint.archive import open_blob
 from orchestrator.checkpoint.fields import corrupt, naming
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.layout import Box, Chunk, LogicalTensor, is_row_major, row_major
+from orchestrator.checkpoint.numbers import FLOATS, ITEMS, items, numbers
 from orchestrator.checkpoint.reshard import Copy, plan_copies
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
 
 Bytes = npt.NDArray[Any]
-ITEMS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
-"""Bytes per element -> the integers that elements are moved as, so that no bit of them changes."""
 
 
 class UniversalView:
@@ -71,7 +70,6 @@ class UniversalView:
         tensor or box that is not there, `CorruptCheckpoint` for missing elements, a shortened file or a wrong checksum.
         """
         tensor = self._tensor(name, box)
-        items = ITEMS[tensor.item_bytes]
         target = memoryview(out).cast("B") if box.elements else memoryview(b"")
         if target.nbytes != box.elements * tensor.item_bytes:
             raise CheckpointError(
@@ -80,7 +78,7 @@ class UniversalView:
             )
         if not box.elements:
             return 0
-        destination = np.frombuffer(target, items).reshape(box.sizes)
+        destination = np.frombuffer(target, ITEMS[tensor.item_bytes]).reshape(box.sizes)
         self._fill(tensor, tensor.chunks, box, destination, check)
         if tensor.average and tensor.others:
             self._average(tensor, box, destination, check)
@@ -173,12 +171,19 @@ class UniversalView:
 
     def _average(self, tensor: LogicalTensor, box: Box, destination: Bytes, check: bool) -> None:
         """The mean of all copies, in the order in which they are listed, rounded once per addition in fp32 or wider."""
-        total = _floats(destination, tensor.dtype)
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{tensor.name} of dtype {tensor.dtype} has no mean: name it as replicated in the rules"
+            )
+        total = numbers(destination, tensor.dtype)
+        if tensor.dtype == "F16":
+            total = total.astype(np.float32)
         for chunks in tensor.others:
             one = np.empty_like(destination)
             self._fill(tensor, chunks, box, one, check)
-            total = total + _floats(one, tensor.dtype)
-        np.copyto(destination, _items(total / total.dtype.type(1 + len(tensor.others)), tensor.dtype))
+            total = total + numbers(one, tensor.dtype)
+        mean = total / total.dtype.type(1 + len(tensor.others))
+        np.copyto(destination, items(mean, tensor.dtype).view(destination.dtype).reshape(destination.shape))
 
 
 def _part(array: Bytes, box: Box) -> Bytes:
@@ -191,27 +196,3 @@ def _part(array: Bytes, box: Box) -> Bytes:
 def _bytes(array: Bytes) -> memoryview:
     """The memory of a contiguous array."""
     return memoryview(array.reshape(-1).view(np.uint8).data)
-
-
-def _floats(array: Bytes, dtype: str) -> Bytes:
-    """The numbers that the items stand for, in fp32 or wider; raises `CheckpointError` for dtypes that no mean has."""
-    if dtype == "F64":
-        return array.view(np.float64)
-    if dtype == "F32":
-        return array.view(np.float32)
-    if dtype == "F16":
-        return array.view(np.float16).astype(np.float32)
-    if dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    raise CheckpointError(f"tensors of dtype {dtype} cannot be averaged: name them as replicated in the rules")
-
-
-def _items(numbers: Bytes, dtype: str) -> Bytes:
-    """The inverse of `_floats`, rounding to the nearest even."""
-    if dtype == "BF16":
-        bits = numbers.view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return np.where(np.isnan(numbers), np.uint16(0x7FC0), rounded.astype(np.uint16))
-    if dtype == "F16":
-        return numbers.astype(np.float16).view(np.uint16)
-    return numbers.view(ITEMS[numbers.itemsize])

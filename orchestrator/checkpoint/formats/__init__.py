@@ -7,6 +7,7 @@ bytes, and `open_files(files, reading) -> UniversalView`, which reads metadata o
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -63,6 +64,8 @@ def recognise(files: Files) -> Source:
     if not files.names():
         raise CheckpointError(f"{files.location} is empty: give the folder of a checkpoint")
     for name in SOURCES:
+        if importlib.util.find_spec(f"{__name__}.{name}") is None:
+            continue
         module = _module(name)
         if module.recognise(files):
             return module

@@ -1,0 +1,123 @@
+"""Any format to any format, through the universal view."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.checkpoint.fields import corrupt
+from orchestrator.checkpoint.formats import SOURCES, open_checkpoint
+from orchestrator.checkpoint.language import Rules
+from orchestrator.checkpoint.layout import LogicalTensor
+from orchestrator.checkpoint.reshard import flaw
+from orchestrator.checkpoint.stream import Limits, Progress
+from orchestrator.checkpoint.view import UniversalView
+from orchestrator.core.errors import Conflict, InvalidInput
+
+TARGETS = ("universal", "native", "dcp", "deepspeed-universal", "huggingface")
+"""What can be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What to write, and how."""
+
+    to: str = "universal"
+    """One of `TARGETS`."""
+    ranks: int = 1
+    """`native`: parts to divide it into."""
+    stage: int = 1
+    """`deepspeed-universal`: the ZeRO stage that will load it."""
+    dtype: str | None = None
+    """`huggingface`: dtype of the weights; None = the one they are trained with."""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a conversion has done."""
+
+    source: str
+    """Format of the source, in words."""
+    tensors: int
+    bytes: int
+    """Of the logical tensors written."""
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    target: Path,
+    conversion: Conversion,
+    *,
+    source_format: str | None = None,
+    tag: str | None = None,
+    rules: Rules | None = None,
+    begun: Callable[[UniversalView], Progress] = lambda view: _silent,
+) -> Converted:
+    """Write the checkpoint at `source` to the new folder `target`.
+
+    `begun` is told of the view before anything is read and returns what is told of progress (bytes). Raises
+    `InvalidInput` for wrong arguments, `Conflict` when the target exists, `CheckpointError` and `CorruptCheckpoint` for
+    a source that cannot be read and a target that cannot be written; the target then does not exist.
+    """
+    started = time.perf_counter()
+    if conversion.to not in TARGETS:
+        raise InvalidInput(f"{conversion.to!r} is not a format to write: choose one of {', '.join(TARGETS)}")
+    if target.exists() and conversion.to != "native":
+        raise Conflict(f"{target} exists already: give a folder that does not exist, or remove it")
+    view = open_checkpoint(source, source=source_format, tag=tag, rules=rules)
+    prove(view)
+    _write(view, target, conversion, begun(view))
+    size_bytes = sum(one.size_bytes for one in view.tensors.values())
+    return Converted(view.source, len(view.tensors), size_bytes, time.perf_counter() - started, view.notes)
+
+
+def prove(view: UniversalView) -> None:
+    """Raises `CorruptCheckpoint` unless every element of every tensor is held exactly once, in each of its copies."""
+    for tensor in view.tensors.values():
+        for chunks in (tensor.chunks, *tensor.others):
+            reason = flaw(tensor.shape, (chunk.box for chunk in chunks))
+            if reason is not None:
+                raise corrupt(_file(tensor, view), reason, tensor.name)
+
+
+def _file(tensor: LogicalTensor, view: UniversalView) -> str:
+    files = [chunk.file for chunk in tensor.chunks if chunk.file]
+    return view.files.label(files[0]) if files else view.files.location
+
+
+def _write(view: UniversalView, target: Path, conversion: Conversion, progress: Progress) -> None:
+    limits = conversion.limits
+    if conversion.to == "universal":
+        from orchestrator.checkpoint.formats.universal import write_universal
+
+        write_universal(view, target, limits=limits, progress=progress)
+    elif conversion.to == "huggingface":
+        from orchestrator.checkpoint.formats.huggingface import write_huggingface
+
+        write_huggingface(view, target, limits=limits, progress=progress, dtype=conversion.dtype)
+    elif conversion.to == "native":
+        from orchestrator.checkpoint.formats.native_target import write_native
+
+        write_native(view, target, ranks=conversion.ranks, limits=limits, progress=progress)
+    elif conversion.to == "dcp":
+        from orchestrator.checkpoint.formats.dcp_target import write_dcp
+
+        write_dcp(view, target, memory_bytes=limits.memory_bytes, progress=progress)
+    else:
+        from orchestrator.checkpoint.formats.deepspeed_universal_target import write_deepspeed_universal
+
+        write_deepspeed_universal(
+            view, target, stage=conversion.stage, memory_bytes=limits.memory_bytes, progress=progress
+        )
+
+
+def _silent(count: int) -> None:
+    """Nobody looks at the progress."""
+
+
+__all__ = ["SOURCES", "TARGETS", "Conversion", "Converted", "convert", "prove"]
