@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from orchestrator.checkpoint.files import Files, LocalFiles
+from orchestrator.checkpoint.objects import SCHEMES, objects_at
 from orchestrator.checkpoint.root import parse_root
 from orchestrator.core.errors import CheckpointError
 
@@ -12,8 +14,10 @@ from orchestrator.core.errors import CheckpointError
 def files_at(location: str | Path) -> Files:
     """The files at a path or URI; a path to one file stands for that file alone.
 
-    Raises `InvalidInput` for a location that is none, `CheckpointError` when nothing is there.
+    Raises `InvalidInput` for a location that is none, `CheckpointError` when nothing is there or it cannot be read.
     """
+    if isinstance(location, str) and "://" in location and urlsplit(location).scheme in SCHEMES:
+        return objects_at(location)
     path = parse_root(location)
     try:
         if path.is_dir():
