@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# These machines are slow and noisy: how long one example takes says nothing.
+settings.register_profile("regrow", deadline=None)
+settings.load_profile("regrow")
 
 MARK = "REGROW_TEST_MARK"
 """Environment variable that every process started inside a test inherits."""

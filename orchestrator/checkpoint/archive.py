@@ -186,7 +186,7 @@ def _safe_entry(label: str, file: str, base: int, room: int, name: str, entry: A
     if not isinstance(entry, dict):
         raise corrupt(label, "its header entry is not an object", name)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise corrupt(label, f"its dtype {dtype!r} is unknown", name)
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
         raise corrupt(label, "its shape or offsets are not counts", name)

@@ -7,6 +7,7 @@ imported, nothing is called; what is made is bounded by the number of opcodes, w
 
 from __future__ import annotations
 
+import codecs
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ class _Machine:
         end = self.data.find(b"\n", self.at)
         if end < 0:
             raise PickleError(f"byte {self.at}: a line does not end")
-        text = self.data[self.at : end].decode()
+        text = self.data[self.at : end].decode("latin-1")
         self.at = end + 1
         return text
 
@@ -318,6 +319,13 @@ def _line_integer(machine: _Machine) -> None:
     machine.stack.append(text == "01" if text in ("00", "01") else int(text.rstrip("L")))
 
 
+def _quoted(text: str) -> str:
+    """A string literal of Python 2."""
+    if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
+        raise PickleError("a string is not quoted")
+    return codecs.escape_decode(text[1:-1].encode("latin-1"))[0].decode("latin-1")
+
+
 def _stack_name(machine: _Machine) -> None:
     name, module = machine.stack.pop(), machine.stack.pop()
     machine.name(module, name)
@@ -342,6 +350,8 @@ _CODES: dict[int, Callable[[_Machine], None]] = {
     0x8B: _long("<i", 4),
     ord("G"): lambda machine: machine.stack.append(struct.unpack(">d", machine.take(8))[0]),
     ord("F"): lambda machine: machine.stack.append(float(machine.line())),
+    ord("V"): lambda machine: machine.stack.append(machine.line().encode("latin-1").decode("raw-unicode-escape")),
+    ord("S"): lambda machine: machine.stack.append(_quoted(machine.line())),
     ord("X"): _text("<I", 4),
     0x8C: _text("<B", 1),
     0x8D: _text("<Q", 8),
