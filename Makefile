@@ -1,5 +1,5 @@
 # Few words; each works on a fresh clone. Everything is installed into .venv, at the versions of constraints.txt.
-.PHONY: setup demo test test-faults lint bench clean
+.PHONY: setup demo test test-faults test-peers lint bench clean
 
 PYTHON ?= python3
 COUNT ?= 10
@@ -19,10 +19,13 @@ demo: setup  ## lose a node, get it back, and compare with a run that was left a
 	$(BIN)/regrow run deploy/examples/gpt/job.yaml --nodes 4 --fail "node-2@step=40" --return "node-2@step=80" --compare
 
 test: setup
-	$(BIN)/python -m pytest -m "not fault"
+	$(BIN)/python -m pytest -m "not fault and not peer"
 
 test-faults: setup  ## break whole clusters, every way COUNT times in a row
 	$(BIN)/python -m pytest -m fault --count $(COUNT)
+
+test-peers: setup  ## compare with real runs of DeepSpeed; the first time installs it beside regrow and makes the runs
+	$(BIN)/python -m pytest -m peer
 
 lint: setup
 	$(BIN)/ruff check .
