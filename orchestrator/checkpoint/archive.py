@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import itertools
 import json
 import math
 import struct
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
+
+from isal import isal_zlib
 
 from orchestrator.checkpoint.fields import corrupt
 from orchestrator.checkpoint.files import MAX_METADATA_BYTES, Files, read_blocks
@@ -106,11 +108,16 @@ def load_archive(files: Files, file: str, begin: int = 0, count: int | None = No
 
 
 def open_blob(files: Files, file: str, begin: int, count: int) -> StoredTensor:
-    """The one tensor serialised in `count` bytes of `file` from `begin` on, by `torch.save` or as safetensors."""
+    """The one tensor serialised in `count` bytes of `file` from `begin` on, by `torch.save` or as safetensors.
+
+    In an archive a mapping stands for the only tensor in it.
+    """
     if count >= 4 and _starts_with(files, file, b"PK\x03\x04", begin):
         stored = load_archive(files, file, begin, count)
-        if isinstance(stored, StoredTensor):
-            return stored
+        members = stored.values() if isinstance(stored, dict) else (stored,)
+        found = [one for one in members if isinstance(one, StoredTensor)]
+        if len(found) == 1:
+            return found[0]
         raise corrupt(files.label(file), f"at byte {begin} it holds a {type(stored).__name__} instead of a tensor")
     tensors = read_safetensors(files, file, begin, count)[0]
     if len(tensors) != 1:
@@ -118,25 +125,36 @@ def open_blob(files: Files, file: str, begin: int, count: int) -> StoredTensor:
     return next(iter(tensors.values()))
 
 
-def check_records(files: Files, file: str, begin: int, count: int) -> int | None:
-    """Compare every record of an archive with its CRC-32; returns the bytes compared, None where it is no archive.
+def check_records(
+    files: Files, file: str, begin: int, count: int, wanted: Mapping[int, str] | None = None
+) -> int | None:
+    """Compare the records of an archive with their CRC-32; returns the bytes compared, None where it is no archive.
 
-    Raises `CorruptCheckpoint` naming the record that differs.
+    With `wanted` (byte of the file -> tensor) only the records that hold one of these bytes. Raises `CorruptCheckpoint`
+    naming the record that differs, and a tensor in it.
     """
     if count < 4 or not _starts_with(files, file, b"PK\x03\x04", begin):
         return None
     try:
         archive = _Archive(files, file, begin, count)
-        ranges = [(name, archive.start(entry), entry) for name, entry in archive.entries.items()]
+        ranges = [(archive.start(entry), entry) for entry in archive.entries.values()]
     except (zipfile.BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError, ValueError, EOFError) as error:
         raise corrupt(files.label(file), f"it is not a torch.save archive ({str(error)[:100]})") from error
-    for name, start, entry in ranges:
+    positions = sorted(wanted or ())
+    checked = 0
+    for start, entry in ranges:
+        index = bisect.bisect_left(positions, start)
+        inside = index < len(positions) and positions[index] < start + entry.file_size
+        if wanted is not None and not inside:
+            continue
         found = 0
         for block in read_blocks(files, file, start, start + entry.file_size):
-            found = zlib.crc32(block, found)
+            found = isal_zlib.crc32(block, found)
         if found != entry.CRC:
-            raise corrupt(files.label(file), f"record {name} does not match its CRC-32")
-    return count
+            tensor = wanted[positions[index]] if wanted and inside else None
+            raise corrupt(files.label(file), f"record {entry.filename} does not match its CRC-32", tensor)
+        checked += entry.file_size
+    return checked
 
 
 def read_safetensors(
