@@ -7,17 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.checkpoint.fields import corrupt
-from orchestrator.checkpoint.formats import SOURCES, open_checkpoint
+from orchestrator.checkpoint.formats import open_checkpoint
 from orchestrator.checkpoint.language import Rules
-from orchestrator.checkpoint.layout import LogicalTensor
-from orchestrator.checkpoint.reshard import flaw
 from orchestrator.checkpoint.stream import Limits, Progress
+from orchestrator.checkpoint.verify import check_bytes, prove
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import Conflict, InvalidInput
 
 TARGETS = ("universal", "native", "dcp", "deepspeed-universal", "huggingface")
 """What can be written."""
+
+Begun = Callable[[str, int], Progress]
+"""Told of a stage in words and its bytes; returns what is told of bytes done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Conversion:
     """`deepspeed-universal`: the ZeRO stage that will load it."""
     dtype: str | None = None
     """`huggingface`: dtype of the weights; None = the one they are trained with."""
+    check: bool = True
+    """Compare the source with its checksums before anything is written."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -56,11 +59,11 @@ def convert(
     source_format: str | None = None,
     tag: str | None = None,
     rules: Rules | None = None,
-    begun: Callable[[UniversalView], Progress] = lambda view: _silent,
+    begun: Begun = lambda words, total_bytes: _silent,
 ) -> Converted:
     """Write the checkpoint at `source` to the new folder `target`.
 
-    `begun` is told of the view before anything is read and returns what is told of progress (bytes). Raises
+    `begun` is told of each stage with the bytes that it will read and returns what is told of its progress. Raises
     `InvalidInput` for wrong arguments, `Conflict` when the target exists, `CheckpointError` and `CorruptCheckpoint` for
     a source that cannot be read and a target that cannot be written; the target then does not exist.
     """
@@ -71,23 +74,11 @@ def convert(
         raise Conflict(f"{target} exists already: give a folder that does not exist, or remove it")
     view = open_checkpoint(source, source=source_format, tag=tag, rules=rules)
     prove(view)
-    _write(view, target, conversion, begun(view))
     size_bytes = sum(one.size_bytes for one in view.tensors.values())
+    if conversion.check:
+        check_bytes(view, threads=conversion.limits.threads, progress=begun(f"checking {view.source}", size_bytes))
+    _write(view, target, conversion, begun(f"converting to {conversion.to}", size_bytes))
     return Converted(view.source, len(view.tensors), size_bytes, time.perf_counter() - started, view.notes)
-
-
-def prove(view: UniversalView) -> None:
-    """Raises `CorruptCheckpoint` unless every element of every tensor is held exactly once, in each of its copies."""
-    for tensor in view.tensors.values():
-        for chunks in (tensor.chunks, *tensor.others):
-            reason = flaw(tensor.shape, (chunk.box for chunk in chunks))
-            if reason is not None:
-                raise corrupt(_file(tensor, view), reason, tensor.name)
-
-
-def _file(tensor: LogicalTensor, view: UniversalView) -> str:
-    files = [chunk.file for chunk in tensor.chunks if chunk.file]
-    return view.files.label(files[0]) if files else view.files.location
 
 
 def _write(view: UniversalView, target: Path, conversion: Conversion, progress: Progress) -> None:
@@ -118,6 +109,3 @@ def _write(view: UniversalView, target: Path, conversion: Conversion, progress: 
 
 def _silent(count: int) -> None:
     """Nobody looks at the progress."""
-
-
-__all__ = ["SOURCES", "TARGETS", "Conversion", "Converted", "convert", "prove"]

@@ -15,15 +15,16 @@ from pathlib import Path
 import xxhash
 
 from orchestrator.checkpoint.archive import check_records
-from orchestrator.checkpoint.convert import prove
 from orchestrator.checkpoint.fields import corrupt
 from orchestrator.checkpoint.files import Files, LocalFiles, read_blocks
 from orchestrator.checkpoint.formats import open_checkpoint, universal
 from orchestrator.checkpoint.layout import LogicalTensor
 from orchestrator.checkpoint.manifest import MANIFEST, PartManifest, data_name
 from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts
+from orchestrator.checkpoint.reshard import flaw
 from orchestrator.checkpoint.root import parse_root
 from orchestrator.checkpoint.store import check_coverage
+from orchestrator.checkpoint.stream import Progress
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
 
@@ -124,44 +125,72 @@ def verify_any(
     """Re-read the checkpoint at `location`, whatever wrote it; raises as `verify` does."""
     began = time.perf_counter()
     view = open_checkpoint(location, source=source, tag=tag)
-    if view.source == "native" and isinstance(view.files, LocalFiles):
-        return verify(view.files.directory.parent, view.files.directory.name, threads=threads)
     prove(view)
-    ranges = universal.read_ranges(view.files) if view.source == universal.NAME else None
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        if ranges is not None:
-            counts = list(pool.map(lambda one: (_check_bytes(view.files, *one), 0), ranges))
-        else:
-            counts = list(pool.map(lambda one: _check_foreign(view.files, *one), sorted(_places(view))))
-    checked, unproven = sum(one for one, _ in counts), sum(one for _, one in counts)
+    checked, unproven = check_bytes(view, threads=threads)
     return Verified(checked + unproven, time.perf_counter() - began, len(view.tensors), unproven)
 
 
-def _places(view: UniversalView) -> set[tuple[str, int, int | None]]:
-    """(file, first byte, length) of the blobs that hold the tensors; length None = the whole file."""
-    places: set[tuple[str, int, int | None]] = set()
+def prove(view: UniversalView) -> None:
+    """Raises `CorruptCheckpoint` unless every element of every tensor is held exactly once, in each of its copies."""
+    for tensor in view.tensors.values():
+        for chunks in (tensor.chunks, *tensor.others):
+            reason = flaw(tensor.shape, (chunk.box for chunk in chunks))
+            if reason is not None:
+                file = next((chunk.file for chunk in chunks if chunk.file), None)
+                raise corrupt(view.files.label(file) if file else view.files.location, reason, tensor.name)
+
+
+def check_bytes(view: UniversalView, *, threads: int = 2, progress: Progress = lambda count: None) -> tuple[int, int]:
+    """Read what holds the view's tensors and compare it with the checksums that there are.
+
+    Returns the bytes compared and the bytes that were read without a checksum; raises `CorruptCheckpoint`.
+    """
+    if view.source == "native" and isinstance(view.files, LocalFiles):
+        count = verify(view.files.directory.parent, view.files.directory.name, threads=threads).bytes
+        progress(count)
+        return count, 0
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        if view.source == universal.NAME:
+            ranges = universal.read_ranges(view.files)
+            counts = list(pool.map(lambda one: (_check_bytes(view.files, *one, progress), 0), ranges))
+        else:
+            places = sorted(_places(view).items(), key=lambda one: (one[0][0], one[0][1]))
+            counts = list(pool.map(lambda one: _check_foreign(view.files, *one[0], one[1], progress), places))
+    return sum(one for one, _ in counts), sum(one for _, one in counts)
+
+
+def _places(view: UniversalView) -> dict[tuple[str, int, int | None], dict[int, str]]:
+    """(file, first byte, length) of each blob that holds tensors -> where they begin; length None = the whole file."""
+    places: dict[tuple[str, int, int | None], dict[int, str]] = {}
     for tensor in view.tensors.values():
         for chunks in (tensor.chunks, *tensor.others):
             for chunk in chunks:
-                if chunk.file:
-                    whole = chunk.blob_bytes is None
-                    places.add((chunk.file, 0 if whole else chunk.begin, chunk.blob_bytes))
+                if chunk.file and chunk.box.elements:
+                    blob = chunk.blob_bytes
+                    key = (chunk.file, 0 if blob is None else chunk.begin, blob)
+                    places.setdefault(key, {})[chunk.begin] = tensor.name
     return places
 
 
-def _check_bytes(files: Files, file: str, begin: int, end: int, digest: str) -> int:
+def _check_bytes(files: Files, file: str, begin: int, end: int, digest: str, progress: Progress) -> int:
     hasher = xxhash.xxh3_128()
     for block in read_blocks(files, file, begin, end):
         hasher.update(block)
     if hasher.hexdigest() != digest:
         raise corrupt(files.label(file), f"bytes {begin}..{end} do not match their checksum")
+    progress(end - begin)
     return end - begin
 
 
-def _check_foreign(files: Files, file: str, begin: int, count: int | None) -> tuple[int, int]:
+def _check_foreign(
+    files: Files, file: str, begin: int, count: int | None, wanted: dict[int, str], progress: Progress
+) -> tuple[int, int]:
     """(bytes under a checksum, bytes without)."""
     end = files.size(file) if count is None else begin + count
-    proven = check_records(files, file, begin, end - begin)
-    if proven is not None:
-        return proven, 0
-    return 0, sum(block.nbytes for block in read_blocks(files, file, begin, end))
+    proven = check_records(files, file, begin, end - begin, wanted if count is None else None)
+    if proven is None:
+        read = sum(block.nbytes for block in read_blocks(files, file, begin, end))
+        progress(read)
+        return 0, read
+    progress(proven)
+    return proven, 0

@@ -24,7 +24,9 @@ Format = Annotated[str | None, Parameter(name="--from", help="Its format, where 
 Tag = Annotated[
     str | None, Parameter(help="Which of several checkpoints: DeepSpeed's tag, or a step; else the newest.")
 ]
-RuleFile = Annotated[Path | None, Parameter(help="YAML rules that say how model-parallel pieces make one tensor.")]
+RuleSet = Annotated[
+    str | None, Parameter(help="How model-parallel pieces make one tensor: a set of rules by name, or a YAML file.")
+]
 Memory = Annotated[str, Parameter(help="Most memory for buffers, for example 512MiB.")]
 Workers = Annotated[int, Parameter(help="Threads; 0 = one per core, at most 8.")]
 
@@ -40,7 +42,7 @@ def inspect(
     *,
     source: Format = None,
     tag: Tag = None,
-    rule_file: RuleFile = None,
+    rule_set: RuleSet = None,
     rules: Annotated[bool, Parameter(negative="", help="Show which rule took which tensor.")] = False,
     json: Json = False,
 ) -> None:
@@ -50,7 +52,7 @@ def inspect(
     """
     from orchestrator.checkpoint.formats import open_checkpoint
 
-    view = open_checkpoint(path, source=source, tag=tag, rules=_rules(rule_file))
+    view = open_checkpoint(path, source=source, tag=tag, rules=_rules(rule_set))
     if json:
         print(jsonlib.dumps({"path": view.files.location} | _data(view)))
     else:
@@ -88,10 +90,11 @@ def convert(
     to: Annotated[str, Parameter(help="universal, native, dcp, deepspeed-universal or huggingface.")] = "universal",
     source: Format = None,
     tag: Tag = None,
-    rule_file: RuleFile = None,
+    rule_set: RuleSet = None,
     ranks: Annotated[int, Parameter(help="--to native: parts to divide it into.")] = 1,
     stage: Annotated[int, Parameter(help="--to deepspeed-universal: the ZeRO stage that will load it.")] = 1,
     dtype: Annotated[str | None, Parameter(help="--to huggingface: F32, BF16, F16; else as trained.")] = None,
+    trust: Annotated[bool, Parameter(negative="", help="Do not compare the source with its checksums first.")] = False,
     memory: Memory = "512MiB",
     workers: Workers = 0,
     json: Json = False,
@@ -105,9 +108,9 @@ def convert(
     from orchestrator.checkpoint.convert import Conversion
     from orchestrator.checkpoint.convert import convert as run
 
-    conversion = Conversion(to, ranks, stage, dtype, _limits(memory, workers))
-    with _bar(f"converting to {to}", show=not json) as bar:
-        done = run(path, target, conversion, source_format=source, tag=tag, rules=_rules(rule_file), begun=bar.begin)
+    conversion = Conversion(to, ranks, stage, dtype, not trust, _limits(memory, workers))
+    with _bar(show=not json) as bar:
+        done = run(path, target, conversion, source_format=source, tag=tag, rules=_rules(rule_set), begun=bar.begin)
     if json:
         head = {"source": done.source, "target": str(target), "to": to, "tensors": done.tensors, "bytes": done.bytes}
         print(jsonlib.dumps(head | {"seconds": done.seconds, "notes": list(done.notes)}))
@@ -136,8 +139,9 @@ def diff(
     from orchestrator.checkpoint.formats import open_checkpoint
 
     one, other = open_checkpoint(a), open_checkpoint(b)
-    with _bar("comparing", show=not json) as bar:
-        found = compare(one, other, limits=_limits(memory, workers), progress=bar.begin(one))
+    size_bytes = sum(tensor.size_bytes for name, tensor in one.tensors.items() if name in other.tensors)
+    with _bar(show=not json) as bar:
+        found = compare(one, other, limits=_limits(memory, workers), progress=bar.begin("comparing", size_bytes))
     if json:
         print(jsonlib.dumps(_difference(found)))
     else:
@@ -210,12 +214,12 @@ def _limits(memory: str, workers: int) -> Limits:
     return Limits(count, workers)
 
 
-def _rules(file: Path | None) -> Rules | None:
-    if file is None:
+def _rules(name: str | None) -> Rules | None:
+    if name is None:
         return None
-    from orchestrator.checkpoint.rulefile import load_rules
+    from orchestrator.checkpoint.rulefile import named
 
-    return load_rules(file)
+    return named(name)
 
 
 # ---------------------------------------------------------------- what is shown
@@ -224,31 +228,30 @@ def _rules(file: Path | None) -> Rules | None:
 class _Bar:
     """A progress bar of bytes on the terminal; nothing where there is none."""
 
-    def __init__(self, words: str, progress: Any) -> None:
-        self.words, self.progress = words, progress
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
 
-    def begin(self, view: UniversalView) -> Progress:
-        """Start counting towards the bytes of the view."""
+    def begin(self, words: str, total_bytes: int) -> Progress:
+        """A stage begins; returns what counts its bytes."""
         if self.progress is None:
             return lambda count: None
-        total = sum(one.size_bytes for one in view.tensors.values())
-        task = self.progress.add_task(f"{self.words} ({view.source})", total=total)
+        task = self.progress.add_task(words, total=total_bytes)
         return lambda count: self.progress.advance(task, count)
 
 
 @contextmanager
-def _bar(words: str, *, show: bool) -> Iterator[_Bar]:
+def _bar(*, show: bool) -> Iterator[_Bar]:
     from rich.console import Console
 
     console = Console(stderr=True)
     if not show or not console.is_terminal:
-        yield _Bar(words, None)
+        yield _Bar(None)
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        yield _Bar(words, progress)
+        yield _Bar(progress)
 
 
 def _data(view: UniversalView) -> dict[str, Any]:
@@ -259,7 +262,7 @@ def _data(view: UniversalView) -> dict[str, Any]:
             "dtype": one.dtype,
             "shape": list(one.shape),
             "chunks": len(one.chunks),
-            "rule": getattr(one, "rule", None),
+            "rule": one.rule,
         }
         for one in view.tensors.values()
     ]
@@ -288,7 +291,7 @@ def _show(view: UniversalView, rules: bool) -> None:
     for one in view.tensors.values():
         shape = " x ".join(map(str, one.shape)) or "scalar"
         kind = "frozen" if one.name in view.frozen else one.kind
-        rule = (getattr(one, "rule", None) or "whole",) if rules else ()
+        rule = (one.rule or "whole",) if rules else ()
         table.add_row(one.name, kind, one.dtype, shape, str(len(one.chunks)), *rule)
     size_bytes = sum(one.size_bytes for one in view.tensors.values())
     of = f" of generation {view.generation}" if view.generation else ""
