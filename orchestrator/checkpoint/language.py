@@ -20,6 +20,7 @@ from orchestrator.checkpoint.patterns import (
     Fragment,
     Padding,
     Pattern,
+    Renaming,
     Replicated,
     Rule,
     Unique,
@@ -33,6 +34,7 @@ __all__ = [
     "Fragment",
     "Padding",
     "Pattern",
+    "Renaming",
     "Replicated",
     "Rule",
     "Rules",
@@ -41,7 +43,6 @@ __all__ = [
     "cut",
     "explain",
     "merge",
-    "renamed",
 ]
 
 SHOWN = 5
@@ -54,6 +55,9 @@ class Rules:
 
     name: str
     rules: tuple[Rule, ...]
+    names: tuple[Renaming, ...] = ()
+    """How names of ranks become names of the whole model, each applied to the result of those before it. `rules` match
+    the names of the whole model."""
     notes: tuple[str, ...] = ()
     """What was left open when variables got their values; whole sentences."""
 
@@ -78,8 +82,21 @@ class Rules:
         return [
             f"The rule {rule.match!r} of {self.name} matches no parameter of this checkpoint."
             for rule in self.rules
-            if not any(compiled(rule.match).fullmatch(name) for name in names)
+            if not rule.optional and not any(compiled(rule.match).fullmatch(name) for name in names)
         ]
+
+    def renamed(self, parameter: str, values: Mapping[str, int]) -> str:
+        """The parameter's name in the whole model.
+
+        `values` are the variables of the rank that holds it, for example `{"firstLayer": 6}`; raises `CheckpointError`
+        when one is missing.
+        """
+        for renaming in self.names:
+            found = compiled(renaming.match).fullmatch(parameter)
+            if found is not None:
+                groups = {key: text for key, text in found.groupdict().items() if text is not None}
+                parameter = render(renaming.name, {**values, **groups})
+        return parameter
 
     def filled(self, values: Mapping[str, int]) -> Rules:
         """The rules with numbers in place of variables.
@@ -99,7 +116,7 @@ class Rules:
                         f"The checkpoint does not say {missing.variable}: "
                         f"what {rule.match!r} matches keeps its padding."
                     )
-        return Rules(self.name, tuple(rules), tuple(dict.fromkeys(notes)))
+        return Rules(self.name, tuple(rules), self.names, tuple(dict.fromkeys(notes)))
 
     def _without_padding(self, rule: Rule, values: Mapping[str, int]) -> Rule:
         bare = replace(rule, padded=None)
@@ -121,18 +138,6 @@ class Rules:
             f"the rules {self.name} must match every parameter exactly once, but {'; '.join(words)}{more}: correct the "
             "rules or give others"
         )
-
-
-def renamed(rule: Rule, parameter: str, values: Mapping[str, int]) -> str:
-    """The parameter's name in the whole model: itself, unless the rule renames what a stage or expert rank holds.
-
-    `values` are the variables of the rank that holds it, for example `{"firstLayer": 6}`.
-    """
-    if rule.rename is None:
-        return parameter
-    found = compiled(rule.match).fullmatch(parameter)
-    groups = {} if found is None else {key: text for key, text in found.groupdict().items() if text is not None}
-    return render(rule.rename, {**values, **groups})
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,17 +98,11 @@ class Rule:
     match: str
     pattern: Pattern
     padded: Padding | None = None
-    rename: str | None = None
-    """The parameter's name in the whole model, where the ranks of a pipeline stage or of an expert group have names of
-    their own: a template in which `{...}` is arithmetic over the named groups of `match` and the rank's variables."""
+    optional: bool = False
+    """Not every model of the kind has such parameters: that it matches none is not worth a note."""
 
     def __str__(self) -> str:
-        words = str(self.pattern)
-        if self.padded is not None:
-            words += f", {self.padded}"
-        if self.rename is not None:
-            words += f", named {self.rename}"
-        return words
+        return str(self.pattern) if self.padded is None else f"{self.pattern}, {self.padded}"
 
     def filled(self, values: Mapping[str, int]) -> Rule:
         """The rule with numbers in place of variables; raises `Unknown` for a variable that has no value."""
@@ -118,3 +112,15 @@ class Rule:
         if padded is not None:
             padded = replace(padded, to=number(padded.to, values))
         return replace(self, pattern=pattern, padded=padded)
+
+
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """How a parameter is named in the whole model where the ranks of a pipeline stage count layers from their own
+    first one (`stage`), or the ranks of an expert group their experts (`expert`).
+    """
+
+    match: str
+    """Whole names, with named groups."""
+    name: str
+    """A template: `{...}` is arithmetic over the named groups and the rank's variables; `{group}` alone is its text."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from orchestrator.checkpoint.archive import open_blob
+from orchestrator.checkpoint.archive import StoredTensor, open_blob
 from orchestrator.checkpoint.fields import corrupt, naming
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.layout import Box, Chunk, LogicalTensor, is_row_major, row_major
@@ -61,7 +61,7 @@ class UniversalView:
         """Parameter -> dtype of the weights that it was trained with, where another than its tensor's."""
         self.notes = tuple(notes)
         """What a reader should know: how the source was read, what it does not hold. Whole sentences."""
-        self._opened: dict[tuple[str, int], Chunk] = {}
+        self._opened: dict[tuple[str, int], StoredTensor] = {}
 
     def read(self, name: str, box: Box, out: Any, *, check: bool = False) -> int:
         """Fill `out`, a writable C-contiguous buffer of the box, from exactly the box's bytes; returns their number.
@@ -154,20 +154,25 @@ class UniversalView:
     def _resolved(self, tensor: LogicalTensor, chunk: Chunk) -> Chunk:
         """The chunk inside its serialised tensor, which is opened once."""
         key = (chunk.file, chunk.begin)
-        inner = self._opened.get(key)
-        if inner is None:
+        stored = self._opened.get(key)
+        if stored is None:
             assert chunk.blob_bytes is not None
-            stored = open_blob(self.files, chunk.file, chunk.begin, chunk.blob_bytes)
-            if stored.dtype != tensor.dtype or stored.shape != chunk.box.sizes:
-                raise corrupt(
-                    self.files.label(chunk.file),
-                    f"at byte {chunk.begin} it holds {stored.dtype} {list(stored.shape)} where {tensor.dtype} "
-                    f"{list(chunk.box.sizes)} is expected",
-                    tensor.name,
-                )
-            inner = replace(chunk, begin=stored.begin, strides=stored.strides, blob_bytes=None)
-            self._opened[key] = inner
-        return inner
+            stored = self._opened[key] = open_blob(self.files, chunk.file, chunk.begin, chunk.blob_bytes)
+        expected = chunk.box.sizes if chunk.blob_shape is None else chunk.blob_shape
+        if stored.dtype != tensor.dtype or stored.shape != expected:
+            raise corrupt(
+                self.files.label(chunk.file),
+                f"at byte {chunk.begin} it holds {stored.dtype} {list(stored.shape)} where {tensor.dtype} "
+                f"{list(expected)} is expected",
+                tensor.name,
+            )
+        begin, strides = stored.begin, stored.strides
+        if chunk.blob_box is not None:
+            strides = row_major(stored.shape) if strides is None else strides
+            skipped = sum(offset * stride for offset, stride in zip(chunk.blob_box.offsets, strides, strict=True))
+            begin += skipped * tensor.item_bytes
+            strides = strides[len(strides) - len(chunk.box.sizes) :]
+        return replace(chunk, begin=begin, strides=strides, blob_bytes=None, blob_shape=None, blob_box=None)
 
     def _average(self, tensor: LogicalTensor, box: Box, destination: Bytes, check: bool) -> None:
         """The mean of all copies, in the order in which they are listed, rounded once per addition in fp32 or wider."""
