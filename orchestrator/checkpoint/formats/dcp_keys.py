@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
+"""Keys and positions that lead to a value in a nested state dict."""
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 """What `torch.compile`, activation checkpointing and FSDP put into the names of a module's parameters."""
@@ -48,7 +49,7 @@ class Optimizer:
             yield self.whole
 
 
-def find_optimizers(keys: Collection[str], paths: Mapping[str, Path]) -> list[Optimizer]:
+def find_optimizers(keys: Collection[str], paths: Mapping[str, KeyPath]) -> list[Optimizer]:
     """The optimizers whose keys are among `keys`, in the order of those."""
     roots = list(dict.fromkeys(key[: match.start()] for key in keys if (match := _GROUPS.search(key))))
     claimed = tuple(root + "state." for root in roots[:MAX_OPTIMIZERS])
@@ -68,7 +69,7 @@ def _root_of_state(key: str) -> str | None:
     return None if at < 0 else key[:at]
 
 
-def _optimizer(root: str, keys: Iterable[str], paths: Mapping[str, Path]) -> Optimizer:
+def _optimizer(root: str, keys: Iterable[str], paths: Mapping[str, KeyPath]) -> Optimizer:
     found = Optimizer(root)
     states = []
     for key in keys:
@@ -82,7 +83,7 @@ def _optimizer(root: str, keys: Iterable[str], paths: Mapping[str, Path]) -> Opt
     return found
 
 
-def _add_group(optimizer: Optimizer, key: str, path: Path | None) -> None:
+def _add_group(optimizer: Optimizer, key: str, path: KeyPath | None) -> None:
     rest = key[len(optimizer.root) + len("param_groups") :]
     if not rest:
         optimizer.whole = key
@@ -97,7 +98,7 @@ def _add_group(optimizer: Optimizer, key: str, path: Path | None) -> None:
         optimizer.flattened.setdefault(parameter, {})[name] = key
 
 
-def _split_state(key: str, section: str, path: Path | None, known: Collection[str]) -> tuple[str, str]:
+def _split_state(key: str, section: str, path: KeyPath | None, known: Collection[str]) -> tuple[str, str]:
     """The parameter and the state that a key means."""
     below = _below(path, section)
     if below is not None and len(below) > 1:
@@ -110,7 +111,7 @@ def _split_state(key: str, section: str, path: Path | None, known: Collection[st
     return parameter, state
 
 
-def _below(path: Path | None, section: str) -> Path | None:
+def _below(path: KeyPath | None, section: str) -> KeyPath | None:
     """The rest of a path below `section`; None where the path does not pass through exactly that."""
     if path is None:
         return None
@@ -160,9 +161,9 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> Iterator[Any]:
         yield first
 
 
-def lone_model_prefix(keys: Collection[str], paths: Mapping[str, Path]) -> str:
+def lone_model_prefix(keys: Collection[str], paths: Mapping[str, KeyPath]) -> str:
     """What the keys of a model without an optimizer begin with, by what they were nested in."""
-    holders: dict[Path, int] = {}
+    holders: dict[KeyPath, int] = {}
     for key in keys:
         path = paths.get(key)
         if path is not None:
@@ -174,6 +175,37 @@ def lone_model_prefix(keys: Collection[str], paths: Mapping[str, Path]) -> str:
     if len(only) != 1:
         return ""
     return "".join(f"{part}." for part in only[0])
+
+
+class Names:
+    """Universal names of the tensors that are no optimizer's, and of an optimizer's parameters."""
+
+    def __init__(self, keys: Sequence[str], prefixes: Iterable[str | None], lone: str) -> None:
+        """`prefixes` of the optimizers' models; `lone` is the model's where no optimizer has one."""
+        self.models = tuple(prefix for prefix in dict.fromkeys(prefixes) if prefix is not None) or (lone,)
+        """What the keys of the models begin with."""
+        self.by_key = {key: self._name(key) for key in keys}
+        """Without the model's prefix, if there is one model."""
+        self.repeated = len(self.by_key) - len(set(self.by_key.values()))
+        """Names that were given twice: all keep their keys then."""
+        if self.repeated:
+            self.by_key = {key: key for key in keys}
+        self._unwrapped = {plain(key): name for key, name in self.by_key.items()}
+
+    def _name(self, key: str) -> str:
+        prefix = self.models[0] if len(self.models) == 1 else ""
+        return plain(key.removeprefix(prefix))
+
+    def parameter(self, name: str, prefix: str | None) -> str:
+        """The universal name of a parameter of an optimizer whose model has this prefix."""
+        known = self.by_key.get((prefix or "") + name) or self._unwrapped.get(plain((prefix or "") + name))
+        return known or plain(name if len(self.models) == 1 else (prefix or "") + name)
+
+
+def is_statistic(key: str, keys: Collection[str]) -> bool:
+    """Whether it is a running statistic of batch normalisation: beside it lies the count of batches."""
+    module, dot, name = key.rpartition(".")
+    return name in ("running_mean", "running_var") and f"{module}{dot}num_batches_tracked" in keys
 
 
 def embed(wanted: Sequence[tuple[int, ...] | None], offered: Sequence[tuple[int, ...]]) -> list[int] | None:

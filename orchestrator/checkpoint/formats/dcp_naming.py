@@ -10,9 +10,11 @@ from typing import Any
 from orchestrator.checkpoint.fields import corrupt
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats.dcp_keys import (
+    Names,
     Optimizer,
     embed,
     find_optimizers,
+    is_statistic,
     lone_model_prefix,
     model_prefix,
     plain,
@@ -42,8 +44,6 @@ class Naming:
         self.free = [key for key in everything if key in inventory.tensors and key not in taken]
         self.rest = [key for key in everything if key in inventory.blobs and key not in taken]
         self.tensors: dict[str, LogicalTensor] = {}
-        self.names: dict[str, str] = {}
-        """Key of a model's tensor -> universal name."""
         self.numbers: dict[str, dict[int, str]] = {}
         """Optimizer -> number of a parameter -> its name, where the optimizer numbers them."""
         self.trained: set[str] = set()
@@ -53,7 +53,7 @@ class Naming:
     def view(self) -> UniversalView:
         """Everything put together."""
         prefixes = [self._prefix(optimizer) for optimizer in self.optimizers]
-        self._name_model(prefixes)
+        self.names = self._name_model(prefixes)
         frozen = self._add_model()
         for optimizer, prefix in zip(self.optimizers, prefixes, strict=True):
             self._add_optimizer(optimizer, prefix)
@@ -162,32 +162,13 @@ class Naming:
         )
         return {one: plain(keys[at][len(prefix) :]) for one, at in zip(ids, found, strict=True)}
 
-    def _name_model(self, prefixes: list[str | None]) -> None:
-        """Universal names of the tensors that are no optimizer's: without the model's prefix if there is one model."""
-        known = [prefix for prefix in dict.fromkeys(prefixes) if prefix is not None]
-        if not known:
-            known = [self._lone_prefix()]
-        self.models = tuple(known)
-        for key in self.free:
-            if len(known) == 1 and key.startswith(known[0]):
-                self.names[key] = plain(key[len(known[0]) :])
-            else:
-                self.names[key] = plain(key)
-        repeated = len(self.names) - len(set(self.names.values()))
-        if repeated:
-            self.names = {key: key for key in self.free}
-            self.notes.append(f"{repeated} names without their prefix would be repeated: all keep the keys they had.")
-        self.unwrapped = {plain(key): name for key, name in self.names.items()}
-
-    def _parameter(self, name: str, prefix: str | None) -> str:
-        """The universal name of an optimizer's parameter."""
-        key = (prefix or "") + name
-        if key in self.names:
-            return self.names[key]
-        known = self.unwrapped.get(plain(key))
-        if known is not None and prefix is not None:
-            return known
-        return plain(name) if len(self.models) < 2 else plain(key)
+    def _name_model(self, prefixes: list[str | None]) -> Names:
+        names = Names(self.free, prefixes, self._lone_prefix())
+        if names.repeated:
+            self.notes.append(
+                f"{names.repeated} names without their prefix would be repeated: all keep the keys they had."
+            )
+        return names
 
     # ------------------------------------------------------------ tensors
 
@@ -195,8 +176,8 @@ class Naming:
         """Add what is no optimizer's; returns the names of the model's floating-point tensors."""
         tensors = self.inventory.tensors
         floats = set()
-        for key, name in self.names.items():
-            within = key.startswith(self.models)
+        for key, name in self.names.by_key.items():
+            within = key.startswith(self.names.models)
             buffer = not within or self._buffer(key)
             self._add(name, None, "buffer" if buffer else "parameter", tensors[key])
             if not buffer:
@@ -205,7 +186,7 @@ class Naming:
 
     def _buffer(self, key: str) -> bool:
         """Whether a model's tensor is certainly no parameter."""
-        return self.inventory.tensors[key].dtype not in _FLOATS or _statistic(key, self.inventory.tensors)
+        return self.inventory.tensors[key].dtype not in _FLOATS or is_statistic(key, self.inventory.tensors)
 
     def _add(self, parameter: str, state: str | None, kind: str, saved: Saved) -> None:
         name = tensor_name(parameter, state)
@@ -214,7 +195,7 @@ class Naming:
         self.tensors[name] = LogicalTensor(name, parameter, state, kind, saved.dtype, saved.shape, saved.chunks)
 
     def _add_optimizer(self, optimizer: Optimizer, prefix: str | None) -> None:
-        members = {name: self._parameter(name, prefix) for name in optimizer.states}
+        members = {name: self.names.parameter(name, prefix) for name in optimizer.states}
         steps = self._read_steps(optimizer)
         for name, states in optimizer.states.items():
             parameter = members[name]
@@ -250,7 +231,7 @@ class Naming:
         added = []
         for group in groups:
             numbers = self.numbers.get(optimizer.root, {})
-            names = [self._parameter(numbers.get(one, one), prefix) for one in group.get("params", [])]
+            names = [self.names.parameter(numbers.get(one, one), prefix) for one in group.get("params", [])]
             settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
             added.append({**self._jsonable(settings, f"{optimizer.root}param_groups"), "params": names})
         listed = {name for group in added for name in group["params"]}
@@ -312,13 +293,6 @@ class Naming:
                 f"{_some(floats)} without an optimizer state: read as frozen parameters, though they may be buffers or "
                 "other names of trained parameters, which such a checkpoint does not tell apart."
             )
-
-
-def _statistic(key: str, keys: Iterable[str]) -> bool:
-    """Whether it is a running statistic of batch normalisation: beside it lies the count of batches."""
-    module, _, name = key.rpartition(".")
-    dot = "." if module else ""
-    return name in ("running_mean", "running_var") and f"{module}{dot}num_batches_tracked" in keys
 
 
 def _some(names: Iterable[str]) -> str:
