@@ -85,11 +85,13 @@ class UniversalView:
         return target.nbytes
 
     def read_replica(self, name: str, index: int, box: Box, out: Any) -> None:
-        """Fill `out` from the `index`-th of the tensor's `others` alone; raises as `read` does."""
+        """Fill `out` from one copy alone: the `index`-th of the tensor's `others`, or with -1 the first copy, which the
+        mean of an average hides; raises as `read` does.
+        """
         tensor = self._tensor(name, box)
         if box.elements:
             destination = np.frombuffer(memoryview(out).cast("B"), ITEMS[tensor.item_bytes]).reshape(box.sizes)
-            self._fill(tensor, tensor.others[index], box, destination, check=False)
+            self._fill(tensor, tensor.chunks if index < 0 else tensor.others[index], box, destination, check=False)
 
     def _tensor(self, name: str, box: Box) -> LogicalTensor:
         tensor = self.tensors.get(name)
