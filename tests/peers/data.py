@@ -79,6 +79,12 @@ class Checkpoint:
         """What DeepSpeed's own converter failed with; empty when it did not."""
         return str(json.loads((self.home / "universal.json").read_text()).get("error", ""))
 
+    @property
+    def conversion_wrong(self) -> list[str]:
+        """Keys of the live state that DeepSpeed's own converter left out or got wrong without saying so."""
+        found: list[str] = json.loads((self.home / "universal.json").read_text()).get("wrong", [])
+        return found
+
     def universal(self) -> Path | None:
         """What DeepSpeed's own converter wrote. That it wrote something does not make it right."""
         return None if self.conversion_error else self.home / "universal" / self.tag

@@ -2,9 +2,10 @@
 
 ZeRO-1, ZeRO-2 and BF16_Optimizer: a trainable parameter's storage is a view into its group's flat buffer, so where it
 lies in that buffer is its address less the buffer's; fp32 master and optimizer states are gathered flat and cut at the
-same place. That holds for padding, alignment and round-robin order alike, and asks nothing of the mapping that DeepSpeed
-writes (whose `safe_get_full_optimizer_state` fails for all groups but the first). ZeRO-3: DeepSpeed's `safe_get_full_*`.
-No ZeRO: the optimizer's own state. In every case the master rounded to the training type must be the weight.
+same place. That holds for padding, alignment and round-robin order alike, and asks nothing of the mapping that
+DeepSpeed writes (whose `safe_get_full_optimizer_state` fails for all groups but the first). ZeRO-3: DeepSpeed's own
+`safe_get_full_*`. No ZeRO: the optimizer's own state. In every case the master rounded to the training type must be the
+weight.
 """
 
 from __future__ import annotations

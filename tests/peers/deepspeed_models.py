@@ -14,6 +14,20 @@ VOCABULARY, WIDTH, HIDDEN = 47, 31, 43
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class RunningMean(nn.Module):
+    """Buffers that training changes, on every rank by its own data, in any type (PyTorch's batch norm mixes none)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("batches", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean.lerp_(x.detach().mean(0).to(self.mean.dtype), 0.3)
+        self.batches += 1
+        return x - self.mean.to(x.dtype)
+
+
 class Net(nn.Module):
     """Matrices of prime sizes, biases, parameters of one element; more by the run's settings."""
 
@@ -35,7 +49,7 @@ class Net(nn.Module):
             self.rotation.requires_grad_(False)
             self.offset = nn.Parameter(torch.randn(1), requires_grad=False)
         if run.buffers:
-            self.batch_norm = nn.BatchNorm1d(WIDTH)
+            self.running = RunningMean()
             self.register_buffer("positions", torch.arange(13))
             self.register_buffer("scratch", torch.randn(5), persistent=False)
         self.head = nn.Linear(WIDTH, VOCABULARY)
@@ -47,8 +61,8 @@ class Net(nn.Module):
         x = x + self.gain * self.down(functional.gelu(self.up(x)))
         if hasattr(self, "rotation"):
             x = x + self.rotation(x) + self.offset
-        if hasattr(self, "batch_norm"):
-            x = self.batch_norm(x)
+        if hasattr(self, "running"):
+            x = self.running(x)
         x = x * (1 + self.lift.sum())
         return functional.cross_entropy((self.head(x) / self.temperature).float(), targets)
 

@@ -1,0 +1,74 @@
+"""Goes on from a universal checkpoint in DeepSpeed's form, at any world size, and says how the losses go.
+
+    python -m torch.distributed.run --nproc-per-node W --module tests.peers.deepspeed_resume \
+        --run z1-fp32-w4 --root FOLDER --steps 3
+
+FOLDER holds `latest_universal` and the folder it names. Rank 0 prints `LOSSES [...]`; with `--loaded FILE` it saves the
+live state before the first step. Every world size sees the same examples, so losses are comparable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from safetensors.torch import save_file
+
+from tests.peers import deepspeed_models as models
+from tests.peers.cases import RUNS
+from tests.peers.deepspeed_live import snapshot
+from tests.peers.deepspeed_maker import configuration
+
+ROWS = 12
+FIRST_STEP = 100
+"""Steps of the data that no run was trained on."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--loaded", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.init_distributed(dist_backend="gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    run = RUNS[given.run]
+    torch.manual_seed(99)
+    model = models.Net(run)
+    settings = configuration(run) | {
+        "checkpoint": {"load_universal": True},
+        "train_micro_batch_size_per_gpu": ROWS // world,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=models.optimizer(run, model), config=settings, dist_init_required=False
+    )
+    engine.load_checkpoint(str(given.root))
+    if given.loaded:
+        live = snapshot(engine)
+        if rank == 0:
+            save_file(live.tensors, given.loaded)
+    losses = []
+    for step in range(FIRST_STEP, FIRST_STEP + given.steps):
+        tokens, targets = models.batch(0, step, ROWS)
+        mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+        loss = engine(tokens[mine], targets[mine])
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().float().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(float(mean) / world)
+    if rank == 0:
+        print("LOSSES", json.dumps(losses), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
