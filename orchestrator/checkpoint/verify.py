@@ -152,10 +152,10 @@ def check_bytes(view: UniversalView, *, threads: int = 2, progress: Progress = l
     with ThreadPoolExecutor(max(1, threads)) as pool:
         if view.source == universal.NAME:
             ranges = universal.read_ranges(view.files)
-            counts = list(pool.map(lambda one: (_check_bytes(view.files, *one, progress), 0), ranges))
+            counts = list(pool.map(lambda one: (_check_bytes(view.files, one, progress), 0), ranges))
         else:
             places = sorted(_places(view).items(), key=lambda one: (one[0][0], one[0][1]))
-            counts = list(pool.map(lambda one: _check_foreign(view.files, *one[0], one[1], progress), places))
+            counts = list(pool.map(lambda one: _check_foreign(view.files, one[0], one[1], progress), places))
     return sum(one for one, _ in counts), sum(one for _, one in counts)
 
 
@@ -172,7 +172,8 @@ def _places(view: UniversalView) -> dict[tuple[str, int, int | None], dict[int, 
     return places
 
 
-def _check_bytes(files: Files, file: str, begin: int, end: int, digest: str, progress: Progress) -> int:
+def _check_bytes(files: Files, one: tuple[str, int, int, str], progress: Progress) -> int:
+    file, begin, end, digest = one
     hasher = xxhash.xxh3_128()
     for block in read_blocks(files, file, begin, end):
         hasher.update(block)
@@ -183,9 +184,10 @@ def _check_bytes(files: Files, file: str, begin: int, end: int, digest: str, pro
 
 
 def _check_foreign(
-    files: Files, file: str, begin: int, count: int | None, wanted: dict[int, str], progress: Progress
+    files: Files, place: tuple[str, int, int | None], wanted: dict[int, str], progress: Progress
 ) -> tuple[int, int]:
     """(bytes under a checksum, bytes without)."""
+    file, begin, count = place
     end = files.size(file) if count is None else begin + count
     proven = check_records(files, file, begin, end - begin, wanted if count is None else None)
     if proven is None:

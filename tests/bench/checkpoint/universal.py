@@ -1,0 +1,174 @@
+"""Universal checkpoints against DeepSpeed's own converter and `cp -r`: `python -m tests.bench checkpoint-universal`.
+
+About 2 GB (ZeRO 1) and 1.75 GB (ZeRO 3) at world size 4, written by a real run, in the page cache. Rounds are taken in
+turn and medians compared. The limit: a copy reads every byte and writes every byte, as `cp` does in one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.checkpoint.files import LocalFiles
+from orchestrator.checkpoint.formats import open_checkpoint
+from orchestrator.checkpoint.layout import Box
+from tests.peers import environment
+
+ROUNDS = int(os.environ.get("REGROW_BENCH_ROUNDS", "5"))
+WORLD = 4
+STAGES = (1, 3)
+MAKER = Path(__file__).with_name("deepspeed_state.py")
+REGROW = (sys.executable, "-m", "orchestrator.cli", "checkpoint", "convert")
+
+
+def measure() -> dict[str, Any]:
+    """Seconds (medians), peak memory and ratios, by ZeRO stage."""
+    return {f"zero{stage}_w{WORLD}": _stage(stage) for stage in STAGES}
+
+
+def source(stage: int) -> Path:
+    """The folder that DeepSpeed saved into, made when it is missing."""
+    home = environment.CACHE / f"bench-zero{stage}-{environment.pins()}"
+    with environment.locked(home):
+        if not home.exists():
+            unfinished = home.with_name(f"{home.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            peer = environment.deepspeed()
+            command = [str(peer / "bin" / "python"), "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(WORLD), str(MAKER), str(unfinished), str(stage)]
+            _run(command, environment.variables(peer))
+            unfinished.rename(home)
+    return home
+
+
+def _stage(stage: int) -> dict[str, Any]:
+    saved = source(stage)
+    size_bytes = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    _run(["sh", "-c", f"find '{saved}' -type f -exec cat {{}} + > /dev/null"])  # into the page cache
+    rows: dict[str, list[float]] = {name: [] for name in ("view", "ours", "trusting", "cp", "peer")}
+    peaks: list[int] = []
+    for _ in range(ROUNDS):
+        rows["view"].append(_seconds(lambda: open_checkpoint(saved)))
+        for name, command in (("ours", _ours(saved)), ("trusting", [*_ours(saved), "--trust"]), ("cp", _copy(saved))):
+            seconds, peak = _timed(command)
+            rows[name].append(seconds)
+            peaks += [peak] if name == "ours" else []
+        rows["peer"].append(_timed(*_peer(saved))[0])
+    seconds = {name: statistics.median(values) for name, values in rows.items()}
+    return {
+        "bytes": size_bytes,
+        "rounds": ROUNDS,
+        "view_s": seconds["view"],
+        "convert_s": seconds["ours"],
+        "convert_without_checking_s": seconds["trusting"],
+        "cp_s": seconds["cp"],
+        "ds_to_universal_s": seconds["peer"],
+        "times_faster_than_ds_to_universal": seconds["peer"] / seconds["ours"],
+        "ratio_to_cp": seconds["ours"] / seconds["cp"],
+        "ratio_to_cp_without_checking": seconds["trusting"] / seconds["cp"],
+        "peak_rss_mb": max(peaks) / 1e6,
+        "bytes_read_for_a_quarter": _quarter(saved),
+    }
+
+
+def _ours(saved: Path) -> list[str]:
+    return [*REGROW, str(saved), "{target}", "--to", "universal"]
+
+
+def _copy(saved: Path) -> list[str]:
+    return ["cp", "-r", str(saved), "{target}"]
+
+
+def _peer(saved: Path) -> tuple[list[str], dict[str, str]]:
+    home = environment.deepspeed()
+    command = [str(home / "bin" / "python"), "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(saved / "step1"), "--output_folder", "{target}", "--inject_missing_state"]
+    return command, environment.variables(home)
+
+
+def _quarter(saved: Path) -> float:
+    """Bytes that reading a quarter of every tensor (rows, as FSDP2 divides them) asks of the kernel / bytes needed."""
+    view = open_checkpoint(saved)
+    assert isinstance(view.files, LocalFiles)
+    before, needed = _read_by_process(), 0
+    for tensor in view.tensors.values():
+        if not tensor.shape:
+            continue
+        rows = -(-tensor.shape[0] // WORLD)
+        start = min(rows, tensor.shape[0])  # the second rank's
+        box = Box((start, *(0,) * (len(tensor.shape) - 1)), (min(rows, tensor.shape[0] - start), *tensor.shape[1:]))
+        needed += view.read(tensor.name, box, bytearray(box.elements * tensor.item_bytes))
+    return (_read_by_process() - before) / needed
+
+
+def _read_by_process() -> int:
+    """Bytes that this process has asked `read` for."""
+    return int(psutil.Process().io_counters().read_chars)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _timed(command: Sequence[str], env: dict[str, str] | None = None) -> tuple[float, int]:
+    """Seconds, and the largest resident memory of the process and its children together."""
+    with tempfile.TemporaryDirectory(dir=environment.CACHE) as folder:
+        filled = [part.format(target=f"{folder}/target") for part in command]
+        began = time.perf_counter()
+        with subprocess.Popen(filled, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            peak = _Peak(process.pid)
+            output, _ = process.communicate()
+            seconds = time.perf_counter() - began
+            peak.stop()
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(filled)} failed:\n{output.decode()[-2000:]}")
+        os.sync()  # nobody pays for another's dirty pages
+    return seconds, peak.bytes
+
+
+class _Peak:
+    """Watches the memory of a process and its children every 20 ms."""
+
+    def __init__(self, pid: int) -> None:
+        self.bytes = 0
+        self._process = psutil.Process(pid)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            try:
+                family = [self._process, *self._process.children(recursive=True)]
+                self.bytes = max(self.bytes, sum(one.memory_info().rss for one in family))
+            except psutil.Error:
+                continue
+
+
+def _run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=2))
