@@ -56,6 +56,13 @@ _STORAGES = {
     "Float8_e5m2Storage": "F8_E5M2",
 }
 _LOCAL_HEADER_BYTES = 30
+_PLAIN_TENSORS = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+_PLAIN_BUILDERS = (
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +306,7 @@ class _Archive:
             "torch._utils._rebuild_tensor_v3": self._tensor_with_dtype,
             "torch._utils._rebuild_parameter": lambda data, *rest: data,
             "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
-            "torch._tensor._rebuild_from_type_v2": _from_type,
+            "torch._tensor._rebuild_from_type_v2": self._from_type,
             "torch.nn.parameter.Parameter": lambda data, *rest: data,
             "torch.nn.parameter.Buffer": lambda data, *rest: data,
         }
@@ -329,10 +336,15 @@ class _Archive:
             raise PickleError(f"a tensor has the dtype {dtype}")
         return self._tensor(_Storage(storage.begin, storage.size_bytes, name), offset, shape, strides)
 
-
-def _from_type(builder: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor subclass stays what it is made of."""
-    return Record(builder if isinstance(builder, Name) else Name("", "?"), args if isinstance(args, tuple) else (args,))
+    def _from_type(self, builder: Any, kind: Any, args: Any, state: Any) -> Any:
+        """A tensor with attributes is that tensor; a subclass stays a record of what it is made of."""
+        name, args = (
+            builder if isinstance(builder, Name) else Name("", "?"),
+            args if isinstance(args, tuple) else (args,),
+        )
+        if str(kind) in _PLAIN_TENSORS and str(name) in _PLAIN_BUILDERS:
+            return self._builders()[str(name)](*args)
+        return Record(name, args)
 
 
 def _extents(value: Any) -> tuple[int, ...]:

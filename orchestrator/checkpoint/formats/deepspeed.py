@@ -1,0 +1,317 @@
+"""DeepSpeed checkpoints as they are saved: ZeRO 1, 2 and 3 or none, with pipeline stages and tensor-parallel ranks.
+
+Files, names and topology are in `deepspeed_files`, flat vectors in `deepspeed_zero12` and `deepspeed_zero3`, weights of
+modules in `deepspeed_module`, the merging of model-parallel ranks in `deepspeed_parallel` and `deepspeed_rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.checkpoint.archive import load_archive
+from orchestrator.checkpoint.fields import corrupt
+from orchestrator.checkpoint.files import Files
+from orchestrator.checkpoint.formats import Reading
+from orchestrator.checkpoint.formats import deepspeed_zero3 as zero3
+from orchestrator.checkpoint.formats import deepspeed_zero12 as zero12
+from orchestrator.checkpoint.formats.deepspeed_files import Found, checkpoints, chosen
+from orchestrator.checkpoint.formats.deepspeed_flat import Parameter, Shape
+from orchestrator.checkpoint.formats.deepspeed_module import Module, complete, listed
+from orchestrator.checkpoint.formats.deepspeed_parallel import Copies, layer_names, merge_ranks
+from orchestrator.checkpoint.formats.deepspeed_rules import INFO, Chooser
+from orchestrator.checkpoint.formats.deepspeed_state import (
+    hyper_parameters,
+    merge_groups,
+    plain_state,
+    step_of_model,
+)
+from orchestrator.checkpoint.formats.deepspeed_values import Node
+from orchestrator.checkpoint.view import UniversalView
+from orchestrator.core.errors import CheckpointError
+
+NAME = "deepspeed"
+
+
+def recognise(files: Files) -> bool:
+    """Whether a folder holds files that are named as DeepSpeed names them."""
+    try:
+        return bool(checkpoints(files))
+    except CheckpointError:
+        return True  # it is one, with a flaw that reading it will name
+
+
+def open_files(files: Files, reading: Reading) -> UniversalView:
+    """The view of the checkpoint that `reading.tag` names, else the newest; reads metadata only."""
+    tag, found = chosen(files, reading)
+    return _Source(files, tag, found, reading).view()
+
+
+class _Source:
+    """One checkpoint while its view is built."""
+
+    def __init__(self, files: Files, tag: str, found: Found, reading: Reading) -> None:
+        self.files, self.tag, self.found, self.reading = files, tag, found, reading
+        self.notes: list[str] = []
+        self.partitioned = bool(found.zero_models)
+        """Whether the weights are cut over the data-parallel ranks, too (ZeRO 3)."""
+        self.models: dict[tuple[int, int], Node] = {}
+        """(model-parallel rank, data-parallel rank) -> model file; only rank 0's below ZeRO 3."""
+        self.optimizers: dict[int, list[Node]] = {}
+        """Model-parallel rank -> `optimizer_state_dict` of every data-parallel rank."""
+        self.shapes: dict[int, list[dict[str, Shape]]] = {}
+        """Model-parallel rank -> `param_shapes`."""
+
+    def view(self) -> UniversalView:
+        if self.found.experts:
+            raise CheckpointError(
+                f"{self.files.location} holds experts, which DeepSpeed saves in files of their own that are not "
+                f"read ({listed(self.found.experts)}): save with expert parallelism off, or convert it with "
+                "DeepSpeed"
+            )
+        count = self._load()
+        stages, ranks = self._topology(count)
+        copies, aliases = [], {}
+        for rank in range(ranks):
+            parameters, tied = self._rank(rank, stages, ranks)
+            copies.append(parameters)
+            aliases.update(tied)
+        first = self.models[0, 0]
+        info = first.find(INFO)
+        if info is None and self.optimizers.get(0):
+            info = self.optimizers[0][0].find(INFO)
+        chooser = Chooser(info, self.reading.rules, ranks)
+        whole = merge_ranks(first.label, copies, chooser, self.notes)
+        self.notes += chooser.notes()
+        state = plain_state(self.files, first, self._optimizer_of_state(), self.notes)
+        state["param_groups"] = self._groups(count)
+        return UniversalView(
+            self.files,
+            step=step_of_model(first),
+            generation=0,
+            state=state,
+            tensors=whole.tensors,
+            source=f"{NAME} zero {self._stage()}",
+            aliases={alias: owner for alias, owner in aliases.items() if owner in whole.tensors},
+            frozen=whole.frozen,
+            training_dtypes=whole.training_dtypes,
+            notes=dict.fromkeys(self.notes),
+        )
+
+    # ------------------------------------------------------------ files
+
+    def _load(self) -> int:
+        """Read the metadata of all files; returns the number of model-parallel ranks."""
+        found = self.found
+        models = {(mp, 0): file for mp, file in found.models.items()} if not self.partitioned else found.zero_models
+        count = 1 + max(mp for mp, _ in (*models, *found.optimizers))
+        for mp in range(count):
+            if (mp, 0) not in models:
+                prefix = "zero_pp_rank_0_" if self.partitioned else ""
+                raise self._missing(f"{prefix}mp_rank_{mp:02d}_model_states.pt")
+            first = self.models[mp, 0] = self._file(models[mp, 0])
+            world = self._load_optimizers(mp, first)
+            for dp in range(1, world if self.partitioned else 1):
+                if (mp, dp) in models:
+                    self.models[mp, dp] = self._file(models[mp, dp])
+            if self.optimizers:
+                self.shapes[mp] = self._shapes(mp)
+        return count
+
+    def _load_optimizers(self, mp: int, model: Node) -> int:
+        """The optimizer files of one model-parallel rank; returns the number of its data-parallel ranks."""
+        present = {dp: file for (rank, dp), file in self.found.optimizers.items() if rank == mp}
+        if not present:
+            if self.found.optimizers or self.partitioned:
+                raise self._missing(f"zero_pp_rank_0_mp_rank_{mp:02d}_optim_states.pt")
+            return 1
+        first = self._optimizer(present[min(present)])
+        world = _world(first, model) or len(present)
+        ranks = []
+        for dp in range(world):
+            if dp not in present:
+                raise self._missing(f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt")
+            ranks.append(first if dp == min(present) else self._optimizer(present[dp]))
+        extra = sorted(dp for dp in present if dp >= world)
+        if extra:
+            self.notes.append(
+                f"The checkpoint was saved by {world} data-parallel ranks: files of ranks from {extra[0]} on are of an "
+                "older save and are not read."
+            )
+        self.optimizers[mp] = ranks
+        return world
+
+    def _file(self, file: str) -> Node:
+        node = Node(load_archive(self.files, file), self.files.label(file))
+        node.mapping()
+        return node
+
+    def _optimizer(self, file: str) -> Node:
+        node = self._file(file).at("optimizer_state_dict")
+        node.mapping()
+        return node
+
+    def _missing(self, name: str) -> CheckpointError:
+        return corrupt(self.files.label(self.found.folder + name), "it is missing")
+
+    def _shapes(self, mp: int) -> list[dict[str, Shape]]:
+        """`param_shapes`, which all ranks of ZeRO 3 repeat."""
+        model = self.models[mp, 0]
+        shapes = model.find("param_shapes")
+        if shapes is None:
+            return zero12.shapes_of_mappings(self.optimizers[mp], self._known_shapes(mp))
+        groups = [shapes] if isinstance(shapes.value, dict) else shapes.items()
+        found = [{name: shape.shape(name) for name, shape in group.named()} for group in groups]
+        for (rank, dp), other in self.models.items():
+            if rank == mp and dp and other.at("param_shapes").value != shapes.value:
+                raise other.at("param_shapes").fail("is another than that of data-parallel rank 0")
+        return found
+
+    def _known_shapes(self, mp: int) -> dict[str, Shape]:
+        module = self.models[mp, 0].find("module")
+        return {} if module is None else {name: node.tensor(name).shape for name, node in module.named()}
+
+    # ------------------------------------------------------------ ranks
+
+    def _topology(self, count: int) -> tuple[int, int]:
+        """Pipeline stages and tensor-parallel ranks; model-parallel ranks count stage by stage."""
+        said = self.models[0, 0].find("checkpoint_parallel_dimensions")
+        if said is not None:
+            stages, ranks = said.at("pp_degree").count(), said.at("tp_degree").count()
+        else:
+            ranks = 1 + max((tp for _, tp in self.found.layers), default=count - 1)
+            stages = count // ranks if self.found.layers else 1
+        if stages * ranks != count:
+            raise corrupt(
+                self.models[0, 0].label,
+                f"{count} model-parallel ranks have files where {stages} pipeline stages of {ranks} tensor-parallel "
+                "ranks are expected",
+            )
+        return stages, ranks
+
+    def _rank(self, rank: int, stages: int, ranks: int) -> tuple[Copies, dict[str, str]]:
+        """What one tensor-parallel rank of all stages holds, and the tied names."""
+        copies: Copies = {}
+        module = Module()
+        for mp in range(rank, stages * ranks, ranks):
+            for name, parameter in self._parameters(mp).items():
+                copies.setdefault(name, []).append(parameter)
+            models = [node for (other, _), node in sorted(self.models.items(), key=lambda item: item[0]) if other == mp]
+            values = models[0].find("module")
+            for index, model in enumerate(models):
+                module.take(model, values.named() if values is not None and not index else ())
+            self._take_fragments(module, mp, models)
+        if self.found.layers:
+            self._take_layers(module, copies, rank)
+        parameters = {name: held[0] for name, held in copies.items()}
+        if not self.optimizers:
+            parameters |= self._unpartitioned(module)
+        tied = complete(self.files, module, parameters, partitioned=self.partitioned, notes=self.notes)
+        trained = _config_dtype(self.models[0, 0])
+        for name, parameter in parameters.items():
+            copies.setdefault(name, [parameter])
+            if parameter.training_dtype is None:
+                parameter.training_dtype = trained
+        return copies, tied
+
+    def _parameters(self, mp: int) -> dict[str, Parameter]:
+        ranks = self.optimizers.get(mp)
+        if ranks is None:
+            return {}
+        read = zero3.read_subgroups if self._is_zero3(mp) else zero12.read_groups
+        return read(self.files, self.shapes[mp], ranks, self.notes)
+
+    def _is_zero3(self, mp: int) -> bool:
+        return zero3.FP32 in self.optimizers[mp][0].mapping()
+
+    def _take_fragments(self, module: Module, mp: int, models: Sequence[Node]) -> None:
+        world = len(self.optimizers.get(mp, ())) if self.partitioned else 1
+        if len(models) < world and any(0 not in shape for shape in module.frozen_shapes.values()):
+            absent = next(dp for dp in range(world) if (mp, dp) not in self.models)
+            raise self._missing(f"zero_pp_rank_{absent}_mp_rank_{mp:02d}_model_states.pt")
+        if len(models) == world:
+            module.take_fragments(models)
+
+    def _take_layers(self, module: Module, copies: Copies, rank: int) -> None:
+        """The weights of a pipeline's layers, under the names of the whole model."""
+        known = copies.keys() | (module.buffers or set()) | module.frozen_shapes.keys()
+        layers = sorted({layer for layer, _ in self.found.layers})
+        for layer in layers:
+            if (layer, rank) not in self.found.layers:
+                raise self._missing(f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
+            node = self._file(self.found.layers[layer, rank])
+            local = dict(node.named())
+            prefix, unclear = layer_names(layer, set(local), known)
+            module.take(Node({}, node.label), [(prefix + name, value) for name, value in local.items()])
+            if unclear and any(prefix + name not in copies for name in local):
+                self.notes.append(
+                    f"{node.label} is of one of several tied modules of equal names: what it holds besides trained "
+                    f"parameters is named {prefix}."
+                )
+        due = {int(name.split(".", 1)[0]) for name in known if name.split(".", 1)[0].isdecimal()}
+        for layer in sorted(due - set(layers)):
+            raise self._missing(f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
+
+    def _unpartitioned(self, module: Module) -> dict[str, Parameter]:
+        return {}
+
+    # ------------------------------------------------------------ state
+
+    def _optimizer_of_state(self) -> Node | None:
+        return self.optimizers[0][0] if self.optimizers else self.models[0, 0].find("optimizer")
+
+    def _stage(self) -> int:
+        if not self.optimizers:
+            return 0
+        said = self.optimizers[0][0].find("zero_stage")
+        return 1 if said is None else said.count()
+
+    def _groups(self, count: int) -> list[dict[str, Any]]:
+        """The parameter groups of the whole model."""
+        ranks = []
+        for mp in range(count):
+            if mp not in self.optimizers:
+                continue
+            optimizer, shapes = self.optimizers[mp][0], self.shapes[mp]
+            if self._is_zero3(mp):
+                inner = optimizer.at(zero3.OPTIMIZER)
+                names = [
+                    [name for one in subgroups for name in shapes[one]]
+                    for subgroups in zero3.subgroups_of(inner, len(shapes))
+                ]
+                hyper = hyper_parameters(self.files, inner.at("param_groups"), self.notes)
+            else:
+                names = [list(group) for group in shapes]
+                hyper = self._hyper_parameters(optimizer, len(shapes))
+            ranks.append(list(zip(hyper, names, strict=True)))
+        return merge_groups(ranks)
+
+    def _hyper_parameters(self, optimizer: Node, count: int) -> list[dict[str, Any]]:
+        states = optimizer.find(zero12.STATES)
+        groups = None if states is None else states.find("param_groups")
+        if groups is None:
+            self.notes.append("The checkpoint does not hold the hyper-parameters of the optimizer's groups.")
+            return [{} for _ in range(count)]
+        if len(groups.items()) != count:
+            raise groups.fail(f"has {len(groups.items())} groups where param_shapes has {count}")
+        return hyper_parameters(self.files, groups, self.notes)
+
+
+def _world(optimizer: Node, model: Node) -> int | None:
+    """The number of data-parallel ranks that saved the checkpoint; None where the files do not say."""
+    for node in (optimizer.find("partition_count"), model.find("dp_world_size")):
+        if node is not None:
+            counts = [one.count() for one in node.items()] if isinstance(node.value, list | tuple) else [node.count()]
+            if counts:
+                return max(counts)
+    return None
+
+
+def _config_dtype(model: Node) -> str | None:
+    """The dtype of training that DeepSpeed's configuration asked for."""
+    config = model.find("ds_config")
+    for key, dtype in (("bf16", "BF16"), ("bfloat16", "BF16"), ("fp16", "F16")):
+        section = None if config is None else config.find(key)
+        if section is not None and isinstance(section.value, dict) and section.value.get("enabled") is True:
+            return dtype
+    return None
