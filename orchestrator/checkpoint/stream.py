@@ -121,7 +121,8 @@ def write_files(
     stops all threads.
     """
     digests: dict[tuple[int, Segment], str] = {}
-    handles = [_create(directory, output) for output in outputs]
+    for output in outputs:
+        _create(directory, output)
     local = threading.local()
     failed = threading.Event()
 
@@ -132,29 +133,25 @@ def write_files(
         if not hasattr(local, "block"):
             local.block = bytearray(limits.block_bytes)
         try:
-            digest = _copy(view, segment, handles[index], local.block, progress)
+            digest = _copy(view, segment, directory / outputs[index].name, local.block, progress)
         except BaseException:
             failed.set()
             raise
         digests[index, segment] = digest
         record(index, segment, digest)
 
-    try:
-        jobs = [(index, segment) for index, output in enumerate(outputs) for segment in output.segments]
-        for job in jobs:
-            if job in done:
-                digests[job] = done[job]
-        with ThreadPoolExecutor(limits.threads) as pool:
-            waiting = [pool.submit(work, job) for job in jobs if job not in done]
-            for one in waiting:
-                one.result()
-    finally:
-        for handle in handles:
-            os.close(handle)
+    jobs = [(index, segment) for index, output in enumerate(outputs) for segment in output.segments]
+    for job in jobs:
+        if job in done:
+            digests[job] = done[job]
+    with ThreadPoolExecutor(limits.threads) as pool:
+        waiting = [pool.submit(work, job) for job in jobs if job not in done]
+        for one in waiting:
+            one.result()
     return digests
 
 
-def _create(directory: Path, output: OutputFile) -> int:
+def _create(directory: Path, output: OutputFile) -> None:
     """The file at its full size, its literal bytes written; what an earlier attempt wrote into it stays."""
     path = directory / output.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,21 +160,23 @@ def _create(directory: Path, output: OutputFile) -> int:
         os.ftruncate(handle, output.size_bytes)
         for begin, data in output.literals:
             os.pwrite(handle, data, begin)
-    except BaseException:
+    finally:
         os.close(handle)
-        raise
-    return handle
 
 
-def _copy(view: UniversalView, segment: Segment, handle: int, block: bytearray, progress: Progress) -> str:
-    """Copy one segment; returns its checksum."""
+def _copy(view: UniversalView, segment: Segment, path: Path, block: bytearray, progress: Progress) -> str:
+    """Copy one segment; returns its checksum. The file is open meanwhile only: there may be thousands of them."""
     hasher = xxhash.xxh3_128()
-    for target, data in blocks(view, segment, block):
-        hasher.update(data)
-        written = 0
-        while written < data.nbytes:
-            written += os.pwrite(handle, data[written:], target + written)
-        progress(data.nbytes)
+    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for target, data in blocks(view, segment, block):
+            hasher.update(data)
+            written = 0
+            while written < data.nbytes:
+                written += os.pwrite(handle, data[written:], target + written)
+            progress(data.nbytes)
+    finally:
+        os.close(handle)
     return hasher.hexdigest()
 
 
