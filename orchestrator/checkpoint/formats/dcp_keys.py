@@ -43,7 +43,13 @@ class Optimizer:
 
     def used(self) -> Iterator[str]:
         """All its keys."""
-        for members in (*self.states.values(), *self.indexed.values(), *self.flattened.values()):
+        for members in self.states.values():
+            yield from members.values()
+        yield from self.settings()
+
+    def settings(self) -> Iterator[str]:
+        """The keys of its groups."""
+        for members in (*self.indexed.values(), *self.flattened.values()):
             yield from members.values()
         if self.whole is not None:
             yield self.whole

@@ -20,7 +20,7 @@ from orchestrator.checkpoint.formats.dcp_keys import (
     plain,
 )
 from orchestrator.checkpoint.formats.dcp_metadata import Inventory, Saved
-from orchestrator.checkpoint.formats.dcp_values import Values, jsonable
+from orchestrator.checkpoint.formats.dcp_values import Values, jsonable, with_lists
 from orchestrator.checkpoint.layout import Box, Chunk, LogicalTensor, tensor_name
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
@@ -281,7 +281,7 @@ class Naming:
                     if not isinstance(holder, dict):
                         raise corrupt(self.label, "its path goes through a value", key)
                 holder[path[-1]] = value
-        return {str(key): _with_lists(value) for key, value in state.items()}
+        return {str(key): with_lists(value) for key, value in state.items()}
 
     def _report_frozen(self, floats: set[str]) -> None:
         """Reduce `floats` to the frozen parameters: those that no optimizer has a state of."""
@@ -298,12 +298,3 @@ class Naming:
 def _some(names: Iterable[str]) -> str:
     listed = sorted(names)
     return f"{listed[0]} is" if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more are"
-
-
-def _with_lists(value: Any) -> Any:
-    """The mapping with lists where its keys were positions."""
-    if not isinstance(value, dict):
-        return value
-    if value and all(type(key) is int for key in value) and sorted(value) == list(range(len(value))):
-        return [_with_lists(value[key]) for key in range(len(value))]
-    return {str(key): _with_lists(member) for key, member in value.items()}

@@ -143,3 +143,12 @@ def jsonable(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Unread):
         raise TypeError(f"it {value.why}")
     raise TypeError(f"it holds a {type(value).__name__}")
+
+
+def with_lists(value: Any) -> Any:
+    """The mapping with lists where its keys were positions."""
+    if not isinstance(value, dict):
+        return value
+    if value and all(type(key) is int for key in value) and sorted(value) == list(range(len(value))):
+        return [with_lists(value[key]) for key in range(len(value))]
+    return {str(key): with_lists(member) for key, member in value.items()}
