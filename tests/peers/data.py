@@ -17,6 +17,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -115,12 +116,26 @@ def _made(launch: str) -> Path:
             unfinished = home.with_name(f"{home.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            _launch(launch, launches()[launch][0].world, unfinished)
+            options = ("--launch", launch, "--out", str(unfinished))
+            _torchrun("deepspeed_maker", launches()[launch][0].world, options, unfinished / "log.txt")
             unfinished.rename(home)
     return home
 
 
-def _launch(launch: str, world: int, out: Path) -> None:
+def resume(name: str, root: Path, world: int, steps: int = 3) -> list[float]:
+    """Losses of DeepSpeed going on with the model of run `name` from a universal checkpoint (its own form) at `root`.
+
+    `root` holds `latest_universal`. Raises RuntimeError with what DeepSpeed said when it does not go on.
+    """
+    options = ("--name", name, "--root", str(root), "--steps", str(steps))
+    with tempfile.TemporaryDirectory() as folder:
+        printed = _torchrun("deepspeed_resume", world, options, Path(folder) / "log.txt")
+    (losses,) = [line.removeprefix("LOSSES ") for line in printed.splitlines() if line.startswith("LOSSES ")]
+    return [float(loss) for loss in json.loads(losses)]
+
+
+def _torchrun(module: str, world: int, options: tuple[str, ...], log: Path) -> str:
+    """What the processes printed; it is left in `log`, too."""
     home = environment.deepspeed()
     command = (
         str(home / "bin" / "python"),
@@ -130,11 +145,9 @@ def _launch(launch: str, world: int, out: Path) -> None:
         "--nproc-per-node",
         str(world),
     )
-    command += ("--module", "tests.peers.deepspeed_maker", "--launch", launch, "--out", str(out))
-    log = out / "log.txt"
     with log.open("w") as handle:
         done = subprocess.run(
-            command,
+            (*command, "--module", f"tests.peers.{module}", *options),
             cwd=environment.REPOSITORY,
             env=environment.variables(home),
             stdout=handle,
@@ -142,5 +155,7 @@ def _launch(launch: str, world: int, out: Path) -> None:
             timeout=LAUNCH_TIMEOUT_S,
             check=False,
         )
+    printed = log.read_text(errors="replace")
     if done.returncode:
-        raise RuntimeError(f"DeepSpeed's runs of {launch} failed; {log} ends:\n{log.read_text()[-LOG_TAIL_CHARS:]}")
+        raise RuntimeError(f"{module} {' '.join(options)} at world size {world} failed:\n{printed[-LOG_TAIL_CHARS:]}")
+    return printed

@@ -293,6 +293,9 @@ def initialise(model: nn.Module, shard: Shard) -> None:
         kept = whole[:VOCABULARY] if rule.kind == "vocabulary" else whole
         torch.testing.assert_close(rule.merge(shards), kept, rtol=1e-6 if rule.kind == "average" else 0, atol=0)
         parameter.data.copy_(shards[shard.rank])
+        parameter.tensor_model_parallel = bool(
+            rule.parts
+        )  # Megatron's mark: DeepSpeed's norms count the rest only once
 
 
 def batches(data_rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """Goes on from a universal checkpoint in DeepSpeed's form, at any world size, and says how the losses go.
 
     python -m torch.distributed.run --nproc-per-node W --module tests.peers.deepspeed_resume \
-        --run z1-fp32-w4 --root FOLDER --steps 3
+        --name z1-fp32-w4 --root FOLDER --steps 3
 
 FOLDER holds `latest_universal` and the folder it names. Rank 0 prints `LOSSES [...]`; with `--loaded FILE` it saves the
 live state before the first step. Every world size sees the same examples, so losses are comparable.
@@ -31,7 +31,7 @@ FIRST_STEP = 100
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--run", required=True)
+    parser.add_argument("--name", required=True)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--loaded", type=Path)
@@ -40,7 +40,7 @@ def main() -> None:
     get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    run = RUNS[given.run]
+    run = RUNS[given.name]
     torch.manual_seed(99)
     model = models.Net(run)
     settings = configuration(run) | {
