@@ -26,6 +26,7 @@ from orchestrator.checkpoint.formats.deepspeed_state import (
     plain_state,
     step_of_model,
 )
+from orchestrator.checkpoint.formats.deepspeed_unpartitioned import Unpartitioned
 from orchestrator.checkpoint.formats.deepspeed_values import Node
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
@@ -61,6 +62,8 @@ class _Source:
         """Model-parallel rank -> `optimizer_state_dict` of every data-parallel rank."""
         self.shapes: dict[int, list[dict[str, Shape]]] = {}
         """Model-parallel rank -> `param_shapes`."""
+        self.unpartitioned: list[list[tuple[dict[str, Any], list[str]]]] = []
+        """Without ZeRO: of each tensor-parallel rank the groups' hyper-parameters and names."""
 
     def view(self) -> UniversalView:
         if self.found.experts:
@@ -84,7 +87,7 @@ class _Source:
         whole = merge_ranks(first.label, copies, chooser, self.notes)
         self.notes += chooser.notes()
         state = plain_state(self.files, first, self._optimizer_of_state(), self.notes)
-        state["param_groups"] = self._groups(count)
+        state["param_groups"] = self._groups()
         return UniversalView(
             self.files,
             step=step_of_model(first),
@@ -205,7 +208,7 @@ class _Source:
             self._take_layers(module, copies, rank)
         parameters = {name: held[0] for name, held in copies.items()}
         if not self.optimizers:
-            parameters |= self._unpartitioned(module)
+            parameters |= self._unpartitioned(module, rank, stages)
         tied = complete(self.files, module, parameters, partitioned=self.partitioned, notes=self.notes)
         trained = _config_dtype(self.models[0, 0])
         for name, parameter in parameters.items():
@@ -252,8 +255,22 @@ class _Source:
         for layer in sorted(due - set(layers)):
             raise self._missing(f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
 
-    def _unpartitioned(self, module: Module) -> dict[str, Parameter]:
-        return {}
+    def _unpartitioned(self, module: Module, rank: int, stages: int) -> dict[str, Parameter]:
+        """The parameters that the optimizer inside the model file trains (no ZeRO)."""
+        optimizer = self.models[rank, 0].find("optimizer")
+        if optimizer is None:
+            return {}
+        if stages > 1:
+            raise CheckpointError(
+                f"{self.models[rank, 0].label} is of a pipeline without ZeRO, whose optimizer does not name its "
+                "parameters: save with ZeRO 1"
+            )
+        inside = Unpartitioned(self.files, optimizer, module, self.notes)
+        groups = inside.read()
+        names = [list(group) for group in groups]
+        hyper = hyper_parameters(self.files, inside.groups, self.notes)
+        self.unpartitioned.append(list(zip(hyper, names, strict=True)))
+        return {name: parameter for group in groups for name, parameter in group.items()}
 
     # ------------------------------------------------------------ state
 
@@ -266,12 +283,10 @@ class _Source:
         said = self.optimizers[0][0].find("zero_stage")
         return 1 if said is None else said.count()
 
-    def _groups(self, count: int) -> list[dict[str, Any]]:
+    def _groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the whole model."""
-        ranks = []
-        for mp in range(count):
-            if mp not in self.optimizers:
-                continue
+        ranks = list(self.unpartitioned)
+        for mp in sorted(self.optimizers):
             optimizer, shapes = self.optimizers[mp][0], self.shapes[mp]
             if self._is_zero3(mp):
                 inner = optimizer.at(zero3.OPTIMIZER)
