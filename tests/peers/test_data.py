@@ -44,7 +44,8 @@ def test_sharding_does_not_change_what_was_trained(world: int) -> None:
             torch.testing.assert_close(tensor, reference[key], rtol=1e-3, atol=1e-4, msg=f"z{stage}: {key}")
 
 
-CONVERTS_WRONG = ("roundrobin",)
+CONVERTS_WRONG = ("w2-roundrobin", "w3-roundrobin", "w4-roundrobin")
+"""DeepSpeed writes the mapping of the plain order, unless a parameter was padded to an alignment."""
 CONVERTER_CRASHES = ("sgd", "rmsprop", "adagrad", "elastic", "master-groups")
 
 
