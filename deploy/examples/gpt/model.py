@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.recompute_attention = False
         self.attention_norm = RMSNorm(config.hidden)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden)
@@ -95,7 +97,11 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x: (batch, sequence, hidden)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        normed = self.attention_norm(x)
+        if self.recompute_attention:
+            x = x + checkpoint(self.attention, normed, cos, sin, use_reentrant=False)
+        else:
+            x = x + self.attention(normed, cos, sin)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -106,6 +112,7 @@ class GPT(nn.Module):
         super().__init__()
         chosen = chosen if chosen is not None else range(config.layers)
         first, last = chosen.start == 0, chosen.stop == config.layers
+        self.recompute_layers = False
         self.embedding = nn.Embedding(config.vocab, config.hidden) if first else None
         self.layers = nn.ModuleDict({str(index): Layer(config) for index in chosen})
         self.norm = RMSNorm(config.hidden) if last else None
@@ -114,6 +121,12 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    def recompute(self, what: str) -> None:
+        """Compute activations again in the backward pass: of `none`, `selective` (attention) or `full` (every layer)."""
+        self.recompute_layers = what == "full"
+        for layer in self.layers.values():
+            layer.recompute_attention = what == "selective"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: tokens (batch, sequence) or the activations of the stage before; gives activations, or at the end the
         log-probabilities of the next token, (batch, sequence, vocab).
@@ -121,7 +134,10 @@ class GPT(nn.Module):
         if self.embedding is not None:
             x = self.embedding(x)
         for layer in self.layers.values():
-            x = layer(x, self.cos, self.sin)
+            if self.recompute_layers:
+                x = checkpoint(layer, x, self.cos, self.sin, use_reentrant=False)
+            else:
+                x = layer(x, self.cos, self.sin)
         return F.log_softmax(self.head(self.norm(x)), dim=-1) if self.head is not None else x
 
 

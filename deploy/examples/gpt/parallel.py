@@ -27,6 +27,7 @@ def build(session: Session, config: Config, seed: int) -> GPT:
     model = GPT(config, stage_layers(session, config))
     initialise(model, config, seed)
     model.to(session.device)
+    model.recompute(session.plan.recomputation)
     if session.mesh["tp"].size() > 1:
         shard_tensors(model, session.mesh["tp"])
     if session.plan.mesh.dp_degree > 1:

@@ -121,3 +121,23 @@ def test_it_trains_without_an_orchestrator(command: list[str], tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     ranks = 2 if "torch.distributed.run" in command else 1
     assert len(list(tmp_path.glob("gen-0000-rank-*.jsonl"))) == ranks
+
+
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_recomputation_keeps_less_and_gives_the_same_gradients(example: Any, what: str) -> None:
+    model = sys.modules["model"]
+    config = model.Config(seq_length=8)
+    tokens = torch.arange(16).reshape(2, 8)
+    gradients, kept = [], []
+    for choice in ("none", what):
+        one = model.GPT(config)
+        model.initialise(one, config, seed=0)
+        one.recompute(choice)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.nbytes), x)[1], lambda x: x):
+            loss = one(tokens)[..., 3].sum()
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in one.named_parameters()})
+        kept.append(sum(sizes))
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert kept[1] < 0.9 * kept[0]
