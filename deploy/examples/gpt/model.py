@@ -122,7 +122,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def recompute(self, what: str) -> None:
-        """Which activations are computed again in the backward pass: `none`, `selective` (attention) or `full` (all)."""
+        """What is computed again in the backward pass: `none`, `selective` (attention) or `full` (every layer)."""
         self.recompute_layers = what == "full"
         for layer in self.layers.values():
             layer.recompute_attention = what == "selective"
