@@ -53,6 +53,7 @@ class FaultRun(LocalRun):
         if not self.wait_for(lambda status: True, "an answer").phase.ended:
             assert self.post("stop") == 202
             self.finish()
+        self.healthy()  # a node that is still on its way back would miss the next test's first generation
         self._http.close()
 
 
