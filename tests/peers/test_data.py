@@ -30,7 +30,9 @@ def test_every_run_left_a_checkpoint_and_its_live_state(launch: str) -> None:
             assert {key for key in live if key.startswith("state/")} == {
                 f"state/{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in names
             }, run.name
-            assert set(known["scalars"]["step"].values()) == {run.steps - known["skipped_steps"]}, run.name
+            # Without ZeRO, half precision begins with a step of zero gradients to make the states.
+            first = int(known["optimizer"] == "FP16_UnfusedOptimizer")
+            assert set(known["scalars"]["step"].values()) == {run.steps + first - known["skipped_steps"]}, run.name
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
