@@ -118,9 +118,9 @@ class Chunk:
     """The chunk is inside a serialised tensor (a `torch.save` archive or a safetensors file) of so many bytes that
     starts at `begin`; that is opened when the chunk is first read."""
     blob_shape: tuple[int, ...] | None = None
-    """Shape of that serialised tensor where the chunk is not all of it; `strides` is then unused."""
-    blob_box: Box | None = None
-    """The part of that serialised tensor that the chunk is; it may have leading dimensions of extent 1 more."""
+    """Shape of that serialised tensor where the chunk is not all of it, or has another shape. The tensor must then be
+    row-major, and the chunk's elements (with `strides`) begin `blob_skip` elements after its first."""
+    blob_skip: int = 0
     data: bytes | None = None
     """The elements themselves, for a few values that the source keeps among its metadata."""
 

@@ -85,17 +85,33 @@ def cut(chunk: Chunk, box: Box, item_bytes: int) -> Chunk:
     inner = box.relative_to(chunk.box.offsets)
     if chunk.data is not None:
         return replace(chunk, box=box, begin=0, data=b"".join(_rows(chunk, inner, item_bytes)), digest=None)
-    if chunk.blob_bytes is not None:
-        outer = chunk.blob_box or Box.whole(chunk.box.sizes)
-        extra = len(outer.offsets) - len(box.offsets)  # dimensions of extent 1 that the tensor does not have
-        within = Box((0,) * extra + inner.offsets, (1,) * extra + inner.sizes).shifted(outer.offsets)
-        return replace(chunk, box=box, digest=None, blob_shape=chunk.blob_shape or chunk.box.sizes, blob_box=within)
     strides = row_major(chunk.box.sizes) if chunk.strides is None else chunk.strides
-    skipped = _dot(inner.offsets, strides)
-    plain = is_row_major(box.sizes, strides)
-    return replace(
-        chunk, box=box, begin=chunk.begin + skipped * item_bytes, strides=None if plain else strides, digest=None
-    )
+    plain = None if is_row_major(box.sizes, strides) else strides
+    return replace(_skipping(chunk, _dot(inner.offsets, strides), item_bytes), box=box, strides=plain)
+
+
+def select(chunk: Chunk, index: int, item_bytes: int) -> Chunk:
+    """Index `index` of the first dimension of a chunk that holds it, as a chunk of a tensor without that dimension."""
+    part = cut(chunk, _along(chunk.box, 0, index, 1), item_bytes)
+    part = _skipping(part, 0, item_bytes)
+    strides = None if part.strides is None else part.strides[1:]
+    return replace(part, box=Box(part.box.offsets[1:], part.box.sizes[1:]), strides=strides)
+
+
+def unflatten(chunk: Chunk, shape: tuple[int, ...], start: int, count: int, item_bytes: int) -> Iterator[Chunk]:
+    """The first `count` elements of a contiguous chunk, which are those from `start` on of a tensor of this shape."""
+    for before, box in flat_boxes(shape, start, count):
+        whole = before == 0 and box.elements == chunk.box.elements
+        digest = chunk.digest if whole else None
+        yield replace(_skipping(chunk, before, item_bytes), box=box, strides=None, digest=digest)
+
+
+def _skipping(chunk: Chunk, elements: int, item_bytes: int) -> Chunk:
+    """The chunk from so many elements on, counted in its file or in its serialised tensor."""
+    if chunk.blob_bytes is None:
+        return replace(chunk, begin=chunk.begin + elements * item_bytes, digest=None)
+    shape = chunk.box.sizes if chunk.blob_shape is None else chunk.blob_shape
+    return replace(chunk, blob_shape=shape, blob_skip=chunk.blob_skip + elements, digest=None)
 
 
 def _dot(offsets: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -225,21 +241,14 @@ class _Merger:
             for chunk in shard.chunks:
                 start = base + chunk.box.offsets[0]
                 size = min(chunk.box.sizes[0], count - start)
+                if size > 0 and chunk.strides is not None:
+                    raise self.misfit("a rank's flat part is not contiguous in its file")
                 if size > 0:
-                    chunks += self.unflattened(chunk, shape, start, size)
+                    chunks += unflatten(chunk, shape, start, size, self.item_bytes)
             base += shard.shape[0]
         if base < count:
             raise self.misfit(f"the ranks hold {base} elements but its shape {list(shape)} has {count}")
         return shape, tuple(chunks)
-
-    def unflattened(self, chunk: Chunk, shape: tuple[int, ...], start: int, size: int) -> Iterator[Chunk]:
-        if chunk.strides is not None or chunk.blob_bytes is not None:
-            raise self.misfit("a rank's flat part is not contiguous in its file")
-        for before, box in flat_boxes(shape, start, size):
-            whole = box.elements == chunk.box.elements
-            yield replace(
-                chunk, box=box, begin=chunk.begin + before * self.item_bytes, digest=chunk.digest if whole else None
-            )
 
     # ------------------------------------------------------------ padding
 

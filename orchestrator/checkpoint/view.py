@@ -169,12 +169,14 @@ class UniversalView:
                 tensor.name,
             )
         begin, strides = stored.begin, stored.strides
-        if chunk.blob_box is not None:
-            strides = row_major(stored.shape) if strides is None else strides
-            skipped = sum(offset * stride for offset, stride in zip(chunk.blob_box.offsets, strides, strict=True))
-            begin += skipped * tensor.item_bytes
-            strides = strides[len(strides) - len(chunk.box.sizes) :]
-        return replace(chunk, begin=begin, strides=strides, blob_bytes=None, blob_shape=None, blob_box=None)
+        if chunk.blob_shape is not None:
+            if strides is not None:
+                reason = (
+                    f"at byte {chunk.begin} it holds a tensor with its dimensions exchanged, of which parts are wanted"
+                )
+                raise corrupt(self.files.label(chunk.file), reason, tensor.name)
+            begin, strides = begin + chunk.blob_skip * tensor.item_bytes, chunk.strides
+        return replace(chunk, begin=begin, strides=strides, blob_bytes=None, blob_shape=None)
 
     def _average(self, tensor: LogicalTensor, box: Box, destination: Bytes, check: bool) -> None:
         """The mean of all copies, in the order in which they are listed, rounded once per addition in fp32 or wider."""

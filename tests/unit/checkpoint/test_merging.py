@@ -29,6 +29,7 @@ from orchestrator.checkpoint.language import (
     merge,
 )
 from orchestrator.checkpoint.layout import Box, Chunk, LogicalTensor, flat_boxes
+from orchestrator.checkpoint.merging import select
 from orchestrator.checkpoint.reshard import flaw
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
@@ -125,7 +126,7 @@ def test_a_flattened_tensor_is_undone(shape: list[int], widths: list[int], data:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = [
-            stored(folder, part, data.draw(st.sampled_from(["whole", "inline", "pieces"])), [3, 5])
+            stored(folder, part, data.draw(st.sampled_from(["whole", "inline", "pieces", "blob"])), [3, 5])
             for part in np.split(flat, np.cumsum(widths)[:-1])
         ]
         np.testing.assert_array_equal(read(folder, merged(Flat(), shards, shape=tuple(shape))), tensor)
@@ -228,6 +229,40 @@ def test_flat_shards_that_do_not_fit() -> None:
         merged(Flat(), short, shape=(2, 2))
     with pytest.raises(CheckpointError, match="not every rank holds one dimension"):
         merged(Flat(), [Shard((3, 1), ())], shape=(3,))
+
+
+@QUICK
+@given(st.integers(1, 3), st.integers(1, 3), st.data())
+def test_layers_are_selected_of_a_stack(layers: int, sections: int, data: st.DataObject) -> None:
+    tensor = np.arange(layers * sections * 6, dtype=np.float32).reshape(layers, 2 * sections, 3)
+    hows = st.sampled_from(["whole", "blob", "inline", "transposed", "pieces"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = [
+            stored(folder, np.ascontiguousarray(part), data.draw(hows), [4]) for part in np.split(tensor, 2, axis=1)
+        ]
+        whole = merged(Fragment(1, count=sections), shards)
+        rows = np.concatenate([tensor[:, :sections], tensor[:, sections:]], axis=1)
+        halves = [np.split(half, sections, axis=1) for half in (rows[:, :sections], rows[:, sections:])]
+        expected = np.concatenate([part for pair in zip(*halves, strict=True) for part in pair], axis=1)
+        for layer in range(layers):
+            chunks = tuple(
+                select(chunk, layer, 4)
+                for chunk in whole.chunks
+                if chunk.box.offsets[0] <= layer < chunk.box.offsets[0] + chunk.box.sizes[0]
+            )
+            one = LogicalTensor("w", "w", None, "parameter", "F32", whole.shape[1:], chunks)
+            np.testing.assert_array_equal(read(folder, one), expected[layer])
+
+
+def test_parts_of_a_serialised_tensor_that_is_not_row_major_are_refused(tmp_path: Path) -> None:
+    torch.save(torch.arange(8.0).reshape(2, 4).T, tmp_path / "t")
+    chunk = Chunk(Box.whole((4, 2)), "t", 0, blob_bytes=(tmp_path / "t").stat().st_size)
+    np.testing.assert_array_equal(
+        read(tmp_path, merged(Fragment(0), [Shard((4, 2), (chunk,))])), np.arange(8.0).reshape(2, 4).T
+    )
+    with pytest.raises(CorruptCheckpoint, match="with its dimensions exchanged, of which parts are wanted"):
+        read(tmp_path, merged(Rule("w", Fragment(0), Padding(3)), [Shard((4, 2), (chunk,))]))
 
 
 def test_a_part_of_a_serialised_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
