@@ -164,7 +164,8 @@ def _add_state(pieces: Pieces, state: str, nodes: dict[int, Node], solid: list[i
         if len(set(numbers.values())) == 1:
             pieces.add_scalar(state, numbers[solid[0]])
         elif state == STEP:
-            raise first.fail(f"is {numbers[solid[0]]}, but other data-parallel ranks have taken another step")
+            other = next(rank for rank in solid if numbers[rank] != numbers[solid[0]])
+            raise known[other].fail(f"is {numbers[other]}, but rank {solid[0]} has taken {numbers[solid[0]]} steps")
         else:
             notes.append(
                 f"The optimizer's state {state} is not the same number on all data-parallel ranks: it is left out."

@@ -38,6 +38,10 @@ def read_groups(
     """
     parameters: dict[str, Parameter] = {}
     for index, group_shapes in enumerate(shapes):
+        for name, shape in group_shapes.items():
+            if name in parameters:
+                raise ranks[0].fail("belongs to two parameter groups", name)
+            parameters[name] = Parameter(shape)
         values = [_group(rank.at(FP32), index, len(shapes)) for rank in ranks]
         for rank in ranks:
             _require_ranks(rank, index, len(ranks))
@@ -45,10 +49,6 @@ def read_groups(
         group = layout(group_shapes, alignment, len(ranks), _length(values[0]), _padding(ranks[0], index))
         _check_lengths(ranks, index, group, values)
         _check_mappings(ranks, index, group)
-        for name, shape in group_shapes.items():
-            if name in parameters:
-                raise ranks[0].fail("belongs to two parameter groups", name)
-            parameters[name] = Parameter(shape)
         pieces = Pieces(files, group, parameters)
         add_values(pieces, values)
         states = [_states(rank, index) for rank in ranks]
