@@ -77,11 +77,13 @@ def convert(
     size_bytes = sum(one.size_bytes for one in view.tensors.values())
     if conversion.check:
         check_bytes(view, threads=conversion.limits.threads, progress=begun(f"checking {view.source}", size_bytes))
-    _write(view, target, conversion, begun(f"converting to {conversion.to}", size_bytes))
-    return Converted(view.source, len(view.tensors), size_bytes, time.perf_counter() - started, view.notes)
+    notes = _write(view, target, conversion, begun(f"converting to {conversion.to}", size_bytes))
+    seconds = time.perf_counter() - started
+    return Converted(view.source, len(view.tensors), size_bytes, seconds, (*view.notes, *notes))
 
 
-def _write(view: UniversalView, target: Path, conversion: Conversion, progress: Progress) -> None:
+def _write(view: UniversalView, target: Path, conversion: Conversion, progress: Progress) -> tuple[str, ...]:
+    """Write it; returns what the target could not take as it is, in whole sentences."""
     limits = conversion.limits
     if conversion.to == "universal":
         from orchestrator.checkpoint.formats.universal import write_universal
@@ -102,9 +104,8 @@ def _write(view: UniversalView, target: Path, conversion: Conversion, progress: 
     else:
         from orchestrator.checkpoint.formats.deepspeed_universal_target import write_deepspeed_universal
 
-        write_deepspeed_universal(
-            view, target, stage=conversion.stage, memory_bytes=limits.memory_bytes, progress=progress
-        )
+        return write_deepspeed_universal(view, target, stage=conversion.stage, limits=limits, progress=progress)
+    return ()
 
 
 def _silent(count: int) -> None:

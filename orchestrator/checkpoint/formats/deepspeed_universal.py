@@ -12,6 +12,7 @@ Where the model files say every shape, a tensor's own file is opened when the te
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import prod
@@ -196,9 +197,9 @@ class _Source:
         """The parameters that are trained, with their values and states."""
         shapes: dict[str, Shape] = {}
         for model, groups in zip(self.models, self.shapes, strict=True):
-            names = [name for group in groups for name in group]
-            for name in names if len(set(names)) < len(names) else ():
-                if names.count(name) > 1:
+            counted = Counter(name for group in groups for name in group)
+            for name, count in counted.most_common(1):
+                if count > 1:
                     raise model.fail("has it in two of its groups", name)
             for group in groups:
                 shapes |= {name: shape for name, shape in group.items() if name not in shapes}
