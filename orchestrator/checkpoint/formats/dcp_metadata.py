@@ -60,6 +60,8 @@ class Inventory:
     """Entries that are not tensors."""
     paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     """Key -> where its value was in the nested state dict, in the order of that dict; empty where not told."""
+    original_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Megatron's shapes of tensors that are saved as a grid of flattened cells, one more dimension than they have."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -123,11 +125,21 @@ class _Pickled:
                 self.inventory.blobs.setdefault(key, blob)
             else:
                 self._add(key, self._tensor(key, entry, storage))
+        self._read_original_shapes(entries)
         paths = self.metadata.get("planner_data")
         if isinstance(paths, dict):
             for key, path in paths.items():
                 if key in entries and isinstance(path, tuple) and _is_path(path, key):
                     self.inventory.paths.setdefault(key, path)
+
+    def _read_original_shapes(self, entries: dict[str, Any]) -> None:
+        known = self.metadata.get("mcore_data")
+        for key, data in known.items() if isinstance(known, dict) else ():
+            shape = data.get("nd_reformulated_orig_global_shape") if isinstance(data, dict) else None
+            if shape is not None and key in entries:
+                if not _counts(shape) or len(shape) > MAX_DIMENSIONS:
+                    raise corrupt(self.label, "its original shape is not counts", key)
+                self.inventory.original_shapes[key] = shape
 
     def _add(self, key: str, saved: Saved) -> None:
         earlier = self.inventory.tensors.get(key)
@@ -198,7 +210,8 @@ class _Pickled:
 
     def _attributes(self, value: Any, kind: str, key: str | None = None) -> dict[str, Any]:
         """The fields of a pickled dataclass."""
-        if not isinstance(value, Record) or value.name.name != kind or not isinstance(value.state, dict):
+        known = isinstance(value, Record) and value.name.name in (kind, f"MCore{kind}")
+        if not known or not isinstance(value.state, dict):
             raise corrupt(self.label, f"it holds a {_words(value)} where a {kind} is expected", key)
         return value.state
 

@@ -1,6 +1,7 @@
-"""Megatron-LM: `iter_0000100/mp_rank_00_001/model_optim_rng.pt`, one file per tensor- and pipeline-parallel rank.
+"""Megatron-LM, in both its formats; read without torch or Megatron.
 
-Read without torch or Megatron. The layout is that of `megatron/training/checkpointing.py` (`--ckpt-format torch`).
+`torch`: `iter_0000100/mp_rank_00_001/model_optim_rng.pt`, one file per tensor- and pipeline-parallel rank.
+`torch_dist`: `iter_0000100/common.pt` beside a distributed checkpoint of PyTorch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 from orchestrator.checkpoint.fields import corrupt
 from orchestrator.checkpoint.files import Files, read_whole
 from orchestrator.checkpoint.formats import Reading
+from orchestrator.checkpoint.formats.dcp_metadata import METADATA
+from orchestrator.checkpoint.formats.megatron_dist import Distributed
 from orchestrator.checkpoint.formats.megatron_merge import Whole
 from orchestrator.checkpoint.formats.megatron_ranks import read_ranks
 from orchestrator.checkpoint.view import UniversalView
@@ -18,29 +21,37 @@ from orchestrator.core.errors import CheckpointError
 NAME = "Megatron-LM checkpoint"
 TRACKER = "latest_checkpointed_iteration.txt"
 _RANK_FILE = re.compile(r"((?:.*/)?)mp_rank_\d{2,}(?:_\d{3,}){0,2}/model_optim_rng\.pt")
+_COMMON_FILE = re.compile(r"((?:.*/)?)common\.pt")
 _ITERATION = re.compile(r"iter_(\d{1,18})")
 
 
 def recognise(files: Files) -> bool:
     """Whether the files are a checkpoint of Megatron-LM, or the folder that it saves into."""
-    return any(_RANK_FILE.fullmatch(name) for name in files.names())
+    return bool(_folders(files))
 
 
 def open_files(files: Files, reading: Reading) -> UniversalView:
     """The view of the iteration that `reading.tag` gives (`100`, `iter_0000100` or `release`), else of the last one."""
     folder = _chosen(files, reading.tag)
+    if folder + METADATA in files.names():
+        return Distributed(files, folder, reading.rules).view()
     return Whole(files, read_ranks(files, folder), reading.rules).view()
 
 
 def _folders(files: Files) -> set[str]:
-    """Folders (empty, or with a `/` at the end) that hold files of ranks."""
-    return {match[1] for name in files.names() if (match := _RANK_FILE.fullmatch(name))}
+    """Folders (empty, or with a `/` at the end) that hold files of ranks, or a distributed checkpoint."""
+    names = files.names()
+    ranks = {match[1] for name in names if (match := _RANK_FILE.fullmatch(name))}
+    common = {match[1] for name in names if (match := _COMMON_FILE.fullmatch(name))}
+    return ranks | {folder for folder in common if folder + METADATA in names}
 
 
 def _chosen(files: Files, tag: str | None) -> str:
     folders = _folders(files)
     if not folders:
-        raise CheckpointError(f"{files.location} holds no mp_rank folder: give the folder of a Megatron-LM checkpoint")
+        raise CheckpointError(
+            f"{files.location} holds no mp_rank folder or common.pt: give the folder of a Megatron-LM checkpoint"
+        )
     if tag is None and TRACKER in files.names():
         tag = _tracked(files)
         if not any(_is(folder, tag) for folder in folders):

@@ -25,8 +25,8 @@ _TIED = {
     "output_layer.weight": "embedding.word_embeddings.weight",
 }
 """What the last stage of a pipeline names its copy of the embedding -> the embedding."""
-_BUFFER = re.compile(r".*\.(inv_freq|expert_bias|local_tokens_per_expert)")
-_STATE = ("iteration", "checkpoint_version", "num_floating_point_operations_so_far", "opt_param_scheduler", "args")
+BUFFER = re.compile(r".*\.(inv_freq|expert_bias|local_tokens_per_expert)")
+STATE_KEYS = ("iteration", "checkpoint_version", "num_floating_point_operations_so_far", "opt_param_scheduler", "args")
 _Place = tuple[int, int, int]
 
 
@@ -113,7 +113,7 @@ class Whole:
                     raise rank.top.fail("is there twice", name)
                 named[name] = tensor
             values.update(named)
-            trained.append({name: tensor for name, tensor in named.items() if not _BUFFER.fullmatch(name)})
+            trained.append({name: tensor for name, tensor in named.items() if not BUFFER.fullmatch(name)})
         self._note_ties(rank, values)
         self.names.update(dict.fromkeys(values))
         self.values[place] = {name: held(tensor) for name, tensor in values.items()}
@@ -141,7 +141,7 @@ class Whole:
         if len(dtypes) != 1:
             raise self.grid.first.top.fail(f"has the dtypes {', '.join(sorted(dtypes))} on different ranks", name)
         (dtype,) = dtypes
-        kind = "buffer" if _BUFFER.fullmatch(name) else "parameter"
+        kind = "buffer" if BUFFER.fullmatch(name) else "parameter"
         masters = self._found(name, groups, [self.optimizers[place].masters for places in groups for place in places])
         if masters is not None:
             self.training_dtypes.update({name: dtype} if masters[0][0].dtype != dtype else {})
@@ -228,7 +228,7 @@ class Whole:
     def _state(self) -> dict[str, Any]:
         plain = Plain(self.files)
         top = self.grid.first.top
-        state = {key: plain.of(node) for key in _STATE if (node := top.find(key)) is not None}
+        state = {key: plain.of(node) for key in STATE_KEYS if (node := top.find(key)) is not None}
         optimizer = top.find("optimizer")
         scaler = None if optimizer is None else optimizer.find("grad_scaler")
         if scaler is not None:

@@ -70,10 +70,10 @@ def read_states(files: Files, rank: Rank, chunks: Sequence[Mapping[str, StoredTe
     node = rank.top.find("optimizer")
     if node is None:
         return found
-    optimizers = node.items() if isinstance(node.value, list | tuple) else [node]
-    optimizers = [optimizer for optimizer in optimizers if optimizer.value is not None]
+    optimizers = chained(node)
     inner = [optimizer.find("optimizer") or optimizer for optimizer in optimizers]
-    kinds = _Kinds([group for one in inner for group in one.at("param_groups").items()], parameters)
+    shapes = {name: tensor.shape for name, tensor in parameters.items()}
+    kinds = Kinds([group for one in inner for group in one.at("param_groups").items()], shapes)
     sharded = rank.folder + OPTIMIZER_FILE
     for optimizer, torch_optimizer in zip(optimizers, inner, strict=True):
         members = []
@@ -94,19 +94,29 @@ def read_states(files: Files, rank: Rank, chunks: Sequence[Mapping[str, StoredTe
     return found
 
 
-class _Kinds:
-    """Which parameters a group takes."""
+def chained(node: Node) -> list[Node]:
+    """The optimizers of a rank: one, or several in a list or under their numbers."""
+    if isinstance(node.value, dict) and node.value and all(type(key) is int for key in node.value):
+        found = [node.at(key) for key in sorted(node.value)]
+    else:
+        found = node.items() if isinstance(node.value, list | tuple) else [node]
+    return [optimizer for optimizer in found if optimizer.value is not None]
 
-    def __init__(self, groups: Sequence[Node], parameters: Mapping[str, StoredTensor]) -> None:
-        self.left = dict(parameters)
+
+class Kinds:
+    """Which parameters (names and shapes, in the model's order) each group takes."""
+
+    def __init__(self, groups: Sequence[Node], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.left = dict(shapes)
         self.alone = len(groups) == 1
         self.experts = any(_flag(group, "is_expert_parallel") for group in groups)
         self.decoupled = any(_flag(group, "is_decoupled_lr") for group in groups)
 
-    def take(self, group: Node) -> list[str]:
+    def take(self, group: Node, *, counted: bool = True) -> list[str]:
+        """The parameters of the next group; `counted` where it lists as many numbers as it has parameters."""
         group.mapping()
-        taken = [name for name, tensor in self.left.items() if self.alone or self._fits(group, name, tensor)]
-        params = group.find("params")
+        taken = [name for name, shape in self.left.items() if self.alone or self._fits(group, name, shape)]
+        params = group.find("params") if counted else None
         if params is not None and len(params.items()) != len(taken):
             raise group.fail(
                 f"has {len(params.items())} parameters but {len(taken)} of the model are of its kind, so that they "
@@ -116,17 +126,18 @@ class _Kinds:
             del self.left[name]
         return taken
 
-    def _fits(self, group: Node, name: str, tensor: StoredTensor) -> bool:
+    def _fits(self, group: Node, name: str, shape: tuple[int, ...]) -> bool:
         if self.experts and _flag(group, "is_expert_parallel") != (_EXPERT.search(name) is not None):
             return False
         edge = "word_embeddings" in name or "output_layer" in name
         if self.decoupled and _flag(group, "is_decoupled_lr") != edge:
             return False
         decay = group.at("wd_mult").value
-        plain = name.endswith(".bias") or len(tensor.shape) == 1
+        plain = name.endswith(".bias") or len(shape) == 1
         return not isinstance(decay, int | float) or (decay == 0) == plain
 
     def require_all_taken(self, node: Node) -> None:
+        """Raise unless every parameter has a group."""
         if self.left:
             raise node.fail("has no group for it", next(iter(self.left)))
 
@@ -154,12 +165,12 @@ def _add_states(
             for key, value in one.named():
                 _add_state(files, found, name, key, value, parameters[name].shape)
             if shared is not None and "step" not in found.states.get(name, {}):
-                found.add(name, "step", scalar(_number(files, shared)))
+                found.add(name, "step", scalar(number_of_steps(files, shared)))
 
 
 def _add_state(files: Files, found: States, name: str, key: str, value: Node, shape: tuple[int, ...]) -> None:
     if key == "step":
-        found.add(name, key, scalar(_number(files, value)))
+        found.add(name, key, scalar(number_of_steps(files, value)))
     elif value.value is not None:
         stored = value.tensor(name)
         if stored.shape not in (shape, ()):
@@ -185,7 +196,8 @@ def _add_masters(found: States, node: Node, members: list[list[str]], parameters
             found.masters[name] = held(stored)
 
 
-def _number(files: Files, node: Node) -> float:
+def number_of_steps(files: Files, node: Node) -> float:
+    """The optimizer's count of steps, a number or a tensor of one."""
     value = node.value
     if isinstance(value, StoredTensor) and value.elements == 1:
         value = read_scalar(files, value)
@@ -265,7 +277,7 @@ def _add_group_steps(files: Files, found: States) -> None:
         step = group.find("step")
         for name in names if step is not None else ():
             assert step is not None
-            found.add(name, "step", scalar(_number(files, step)))
+            found.add(name, "step", scalar(number_of_steps(files, step)))
 
 
 def hyper_parameters(group: Node) -> dict[Any, Any]:

@@ -117,7 +117,7 @@ def read_ranks(files: Files, folder: str) -> Grid:
             places[numbers] = name
     tops = {numbers: Node(load_archive(files, name), files.label(name)) for numbers, name in sorted(places.items())}
     first = next(iter(tops.values()))
-    arguments = _arguments(first)
+    arguments = arguments_of(first)
     sizes = _sizes(arguments, list(places))
     dropped: dict[str, None] = {}
     ranks = {}
@@ -135,7 +135,8 @@ def read_ranks(files: Files, folder: str) -> Grid:
     return Grid(folder, arguments, *sizes, ranks, tuple(dropped))
 
 
-def _arguments(top: Node) -> Arguments:
+def arguments_of(top: Node) -> Arguments:
+    """The arguments among what a file holds."""
     args = top.find("args")
     if args is not None and not isinstance(args.value, Record):
         raise args.fail("is not the namespace of arguments")
@@ -191,7 +192,7 @@ def _same(first: Node, top: Node, arguments: Arguments) -> None:
     mine, theirs = top.find("iteration"), first.find("iteration")
     if (None if mine is None else mine.value) != (None if theirs is None else theirs.value):
         raise top.fail("is of another iteration than the first rank's file")
-    other = _arguments(top)
+    other = arguments_of(top)
     for key in ("num_layers", "hidden_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if arguments.get(key) != other.get(key):
             raise top.fail(f"has another {key} than the first rank's file")
