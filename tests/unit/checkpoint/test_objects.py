@@ -15,11 +15,16 @@ import pytest
 from obstore.store import S3Store
 
 from orchestrator.checkpoint import objects
+from orchestrator.checkpoint.convert import Conversion, convert
 from orchestrator.checkpoint.files import Files, LocalFiles, read_whole
+from orchestrator.checkpoint.formats import open_checkpoint
 from orchestrator.checkpoint.location import files_at
 from orchestrator.checkpoint.objects import ObjectFiles
+from orchestrator.checkpoint.verify import prove
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint, InvalidInput
 from tests.object_store.server import running
+from tests.unit.checkpoint.formats import universal_layout
+from tests.unit.checkpoint.samples import contents
 
 BUCKET = "checkpoints"
 LEAST_BYTES, WHOLE_BYTES, AHEAD_BYTES = 4 << 10, 64 << 10, 512 << 10
@@ -318,3 +323,41 @@ def test_local_files_answer_alike(bucket: S3Store, tmp_path: Path) -> None:
     local, remote = LocalFiles(tmp_path / "alike"), files_at(f"s3://{BUCKET}/alike")
     assert local.names() == remote.names() and local.size("a") == remote.size("a")
     assert local.label("a") == remote.label("a") and local.span("a", 2, 3) == remote.span("a", 2, 3)
+
+
+def test_a_checkpoint_in_a_bucket_reads_as_the_one_it_was_copied_from(bucket: S3Store, tmp_path: Path) -> None:
+    universal_layout.write(tmp_path, stage=1)
+    upload(bucket, tmp_path, "same")
+    here, there = open_checkpoint(tmp_path), open_checkpoint(f"s3://{BUCKET}/same")
+    assert (there.state, there.aliases, there.frozen) == (here.state, here.aliases, here.frozen)
+    assert contents(there) == contents(here)
+    prove(there)
+    files = there.files
+    assert isinstance(files, ObjectFiles)
+    assert files.requests <= len(files.names())  # small objects are fetched once, whole
+
+
+def test_a_converted_bucket_is_the_converted_folder(bucket: S3Store, tmp_path: Path) -> None:
+    universal_layout.write(tmp_path / "source", stage=3)
+    upload(bucket, tmp_path / "source", "convert")
+    convert(f"s3://{BUCKET}/convert", tmp_path / "there", Conversion())
+    convert(tmp_path / "source", tmp_path / "here", Conversion())
+    assert contents(open_checkpoint(tmp_path / "there")) == contents(open_checkpoint(tmp_path / "here"))
+
+
+def test_a_missing_and_a_cut_off_object_of_a_checkpoint_are_named(bucket: S3Store, tmp_path: Path) -> None:
+    folder = universal_layout.write(tmp_path, stage=1)
+    upload(bucket, tmp_path, "damaged")
+    location, name = f"s3://{BUCKET}/damaged", "damaged/step7_universal/zero/lift/exp_avg.pt"
+    obstore.put(bucket, name, (folder / "zero/lift/exp_avg.pt").read_bytes()[:-100])
+    with pytest.raises(CorruptCheckpoint, match=r"zero/lift/exp_avg\.pt is corrupt at tensor lift\.exp_avg"):
+        contents(open_checkpoint(location))
+    obstore.delete(bucket, name)
+    with pytest.raises(CorruptCheckpoint, match=r"zero/lift/exp_avg\.pt is corrupt at tensor lift: it is missing"):
+        open_checkpoint(location)
+
+
+def upload(store: S3Store, folder: Path, prefix: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            obstore.put(store, f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
