@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import recovery
-from tests.bench.checkpoint import native
+from tests.bench.checkpoint import distributed, native, universal
 
 CHECKPOINT_BYTES = 256 << 20
 
@@ -20,7 +20,12 @@ def checkpoint() -> dict[str, Any]:
         return native.measure(Path(folder), CHECKPOINT_BYTES)
 
 
-BENCHMARKS = {"checkpoint": checkpoint, "recovery": recovery.measure}
+BENCHMARKS = {
+    "checkpoint": checkpoint,
+    "checkpoint-universal": universal.measure,
+    "checkpoint-distributed": distributed.measure,
+    "recovery": recovery.measure,
+}
 
 
 def main(names: list[str]) -> None:
