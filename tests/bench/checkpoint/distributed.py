@@ -1,4 +1,4 @@
-"""Loading another mesh: `dcp.load` with regrow's reader against torch's own, from the same files, in the same processes.
+"""Loading another mesh: `dcp.load` with regrow's reader against torch's own, in the same processes.
 
 About 1.75 GB of fp32 weights and Adam moments, saved by FSDP2 over 4 ranks, loaded over 2, turn about, in the page
 cache. The limit: every byte is copied once from the page cache into its tensor.
@@ -74,11 +74,10 @@ def _load(rank: int, folder: Path) -> None:
     state = _state(rank, 2, folder)
     seconds: dict[str, list[float]] = {"ours": [], "torch": []}
     for _ in range(ROUNDS + 1):  # the first round warms both up
-        for name in seconds:
+        for name, reader in (("ours", UniversalReader), ("torch", dcp.FileSystemReader)):
             dist.barrier()
             began = time.perf_counter()
-            reader = UniversalReader(folder / "saved") if name == "ours" else dcp.FileSystemReader(folder / "saved")
-            dcp.load(state, storage_reader=reader)
+            dcp.load(state, storage_reader=reader(folder / "saved"))
             dist.barrier()
             seconds[name].append(time.perf_counter() - began)
     if rank == 0:
