@@ -27,7 +27,7 @@ from orchestrator.checkpoint.formats.deepspeed_state import (
     step_of_model,
 )
 from orchestrator.checkpoint.formats.deepspeed_unpartitioned import Unpartitioned
-from orchestrator.checkpoint.formats.deepspeed_values import Node
+from orchestrator.checkpoint.formats.deepspeed_values import Node, Plain
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
 
@@ -80,13 +80,13 @@ class _Source:
             copies.append(parameters)
             aliases.update(tied)
         first = self.models[0, 0]
-        info = first.find(INFO)
-        if info is None and self.optimizers.get(0):
-            info = self.optimizers[0][0].find(INFO)
+        info = first.find(INFO) or (self.optimizers[0][0].find(INFO) if self.optimizers else None)
         chooser = Chooser(info, self.reading.rules, ranks)
         whole = merge_ranks(first.label, copies, chooser, self.notes)
         self.notes += chooser.notes()
         state = plain_state(self.files, first, self._optimizer_of_state(), self.notes)
+        if info is not None and INFO not in state:
+            state[INFO] = Plain(self.files).of(info)
         state["param_groups"] = self._groups()
         return UniversalView(
             self.files,
@@ -171,8 +171,20 @@ class _Source:
         return found
 
     def _known_shapes(self, mp: int) -> dict[str, Shape]:
+        """The shapes of the module's tensors, under the names that the optimizer's slices have."""
         module = self.models[mp, 0].find("module")
-        return {} if module is None else {name: node.tensor(name).shape for name, node in module.named()}
+        if module is not None:
+            return {name: node.tensor(name).shape for name, node in module.named()}
+        slices = [one for rank in self.optimizers[mp] for one in rank.at(zero12.MAPPINGS).items()]
+        names = {name for one in slices for name, _ in one.named()}
+        ranks = 1 + max((tp for _, tp in self.found.layers), default=0)
+        shapes: dict[str, Shape] = {}
+        for (layer, tp), file in self.found.layers.items():
+            if tp == mp % ranks:
+                local = dict(self._file(file).named())
+                prefix, _ = layer_names(layer, set(local), names)
+                shapes |= {prefix + name: node.tensor(name).shape for name, node in local.items()}
+        return shapes
 
     # ------------------------------------------------------------ ranks
 
@@ -211,8 +223,10 @@ class _Source:
             parameters |= self._unpartitioned(module, rank, stages)
         tied = complete(self.files, module, parameters, partitioned=self.partitioned, notes=self.notes)
         trained = _config_dtype(self.models[0, 0])
+        weights_only = not self.optimizers and self.models[rank, 0].find("optimizer") is None
         for name, parameter in parameters.items():
             copies.setdefault(name, [parameter])
+            parameter.frozen = parameter.frozen and not weights_only
             if parameter.training_dtype is None:
                 parameter.training_dtype = trained
         return copies, tied

@@ -1,7 +1,8 @@
 """`universal_checkpoint_info` as rules of the language: how the tensor-parallel ranks' pieces make one tensor.
 
 The lists of name patterns have an order of precedence (replicated, averaged, two fused parts, fused parts,
-row-parallel, else column-parallel), so that the rule is chosen here, parameter by parameter.
+row-parallel, else column-parallel), so that the rule is chosen here, parameter by parameter. Whatever several pipeline
+stages hold is one parameter, so that `pipeline_replicated_parameter_patterns` say nothing new.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ _TWO = "parameter_with_2_sub_params_cat_dim_0"
 _FUSED = "parameter_with_sub_params"
 _ROW = "parameter_with_row_parallelism_patterns"
 _VOCABULARY = "vocabulary_parameter_patterns"
-_PIPELINE = "pipeline_replicated_parameter_patterns"
-_LISTS = (_REPLICATED, _AVERAGE, _TWO, _ROW, _VOCABULARY, _PIPELINE)
+_LISTS = (_REPLICATED, _AVERAGE, _TWO, _ROW, _VOCABULARY)
 _WIDTHS_VERSION = 0.4
 """From this version on the widths of fused parts on every rank are written down; before, ranks had equal shares."""
 

@@ -22,7 +22,6 @@ _LAYOUT = frozenset(
         "dp_world_size",
         "mp_world_size",
         "checkpoint_parallel_dimensions",
-        "universal_checkpoint_info",
         "ds_config",
         "ds_version",
         "ds_autoep_layers",

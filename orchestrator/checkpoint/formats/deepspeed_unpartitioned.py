@@ -109,14 +109,11 @@ class Unpartitioned:
                 master = masters[one].tensor()
                 return master.shape == shape and master.strides is None and self._rounds(name, master, 0)
             state = self.states.find(one)
-            shapes = (
-                []
-                if state is None
-                else [
-                    value.shape for value in state.mapping().values() if isinstance(value, StoredTensor) and value.shape
-                ]
+            return state is None or all(
+                _fits(key, node.value.shape, shape)
+                for key, node in state.named()
+                if isinstance(node.value, StoredTensor) and node.value.shape
             )
-            return shape in shapes or all(len(one) < len(shape) for one in shapes)  # some states are factored
 
         return _Queue(len(ids), cache(fits))
 
@@ -151,9 +148,9 @@ class Unpartitioned:
                 )
         if len(ways) == 1:
             return ways[0]
-        several = "several ways" if ways else "no way"
+        several = "are several ways" if ways else "is no way"
         raise CheckpointError(
-            f"{self.optimizer.label} numbers the optimizer's parameters, and there is {several} to name them "
+            f"{self.optimizer.label} numbers the optimizer's parameters, and there {several} to name them "
             f"({listed(self.names)}): save with ZeRO 1, which names them, or with named parameters"
         )
 
@@ -222,6 +219,15 @@ class Unpartitioned:
 
     def _size(self, name: str) -> int:
         return prod(self.module.values[name].tensor(name).shape)
+
+
+def _fits(state: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a state of this shape can be one of a parameter of that shape: it has its shape, or is factored."""
+    if "row" in state:
+        return found in (shape[:-1], (*shape[:-1], 1))
+    if "col" in state:
+        return found in ((*shape[:-2], *shape[-1:]), (*shape[:-2], 1, *shape[-1:]))
+    return found == shape
 
 
 def _ways(
