@@ -210,7 +210,7 @@ class _Plan:
         info = self.view.state.get(INFO)
         for group in self.groups:
             for name in group.names:
-                extra = sharding(info, name) if self.stage < 3 else {}
+                extra = sharding(info, name, self.trained[name].shape) if self.stage < 3 else {}
                 yield self._file(name, VALUE, Storage("F32", self.trained[name].shape, name), extra)
                 for example in group.states:
                     state = str(example.state)

@@ -236,6 +236,7 @@ def test_numbered_keys_are_numbers_again(tmp_path: Path) -> None:
 
 
 INFO = {
+    "universal_checkpoint_version": 0.4,
     "tp_replicated_parameter_patterns": [r".*norm.*"],
     "parameter_with_2_sub_params_cat_dim_0": [r".*swiglu.*"],
     "parameter_with_row_parallelism_patterns": [r".*down\.weight"],
@@ -255,20 +256,31 @@ INFO = {
     ],
 )
 def test_how_tensor_parallel_ranks_cut_is_said_again(name: str, members: dict[str, Any]) -> None:
-    assert sharding(INFO, name) == members
-    assert sharding(None, name) == {"cat_dim": 0}
+    assert sharding(INFO, name, (16, 8)) == members
+    assert sharding(None, name, (16, 8)) == {"cat_dim": 0}
 
 
 def test_fused_tensors_say_their_sections() -> None:
-    found = sharding(INFO, "x.qkv.weight")["sub_param_shape"]
+    found = sharding(INFO, "x.qkv.weight", (16, 16))["sub_param_shape"]
     assert isinstance(found, Instance) and str(found.name).endswith("universal_checkpoint.SubparamShape")
     assert found.attributes == {"patterns": [r".*qkv.*"], "shape": ((8, 4, 4), 16), "partition_dim": 0}
+
+
+def test_before_version_04_a_number_stood_for_equal_sections() -> None:
+    fused = {"patterns": [r"qkv"], "shape": [3, -1], "partition_dim": 0}
+    info = {"universal_checkpoint_version": 0.3, "parameter_with_sub_params": [fused]}
+    assert sharding(info, "qkv", (12, 4))["sub_param_shape"].attributes["shape"] == ((4, 4, 4), -1)
+    with pytest.raises(CheckpointError, match="no 3 equal sections"):
+        sharding(info, "qkv", (13, 4))
+    fused["partition_dim"] = 2
+    with pytest.raises(CheckpointError, match="does not say how qkv of shape"):
+        sharding(info, "qkv", (12, 4))
 
 
 @pytest.mark.parametrize("pattern", [3, "(", "(a*)*b"])
 def test_patterns_that_are_none(pattern: Any) -> None:
     with pytest.raises(CheckpointError, match=r"universal_checkpoint_info|pattern"):
-        sharding({"vocabulary_parameter_patterns": [pattern]}, "a" * 40)
+        sharding({"vocabulary_parameter_patterns": [pattern]}, "a" * 40, (2,))
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float8_e4m3fn", "int64", "bool", "complex64"])
