@@ -20,7 +20,7 @@ from orchestrator.checkpoint.formats.dcp_keys import (
     plain,
 )
 from orchestrator.checkpoint.formats.dcp_metadata import Inventory, Saved
-from orchestrator.checkpoint.formats.dcp_values import Values, jsonable, with_lists
+from orchestrator.checkpoint.formats.dcp_values import Unread, Values, jsonable, with_lists
 from orchestrator.checkpoint.layout import Box, Chunk, LogicalTensor, tensor_name
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
@@ -95,7 +95,7 @@ class Naming:
     def _raw_groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
         """The groups as they were saved (not flattened ones), each with a list as `params`."""
         if optimizer.whole is not None:
-            groups = self.plain.get(optimizer.whole)
+            groups = self._readable(optimizer.whole)
         else:
             groups = [
                 {name: self._value(key) for name, key in members.items()}
@@ -113,7 +113,14 @@ class Naming:
         """A hyper-parameter, which may be a tensor of one element."""
         if key in self.inventory.tensors:
             return self.values.scalars([key]).get(key)
-        return self.plain.get(key)
+        return self._readable(key)
+
+    def _readable(self, key: str) -> Any:
+        """A plain value of the optimizer, which cannot be done without."""
+        value = self.plain.get(key)
+        if isinstance(value, Unread):
+            raise corrupt(self.label, f"it {value.why}", key)
+        return value
 
     def _replace_numbers(self, optimizer: Optimizer, prefix: str, listed: list[int]) -> None:
         """Give the parameters of a plain `Optimizer.state_dict` their names, if it is certain which they are."""
@@ -252,9 +259,9 @@ class Naming:
         tensors = [
             key for keys in optimizer.flattened.values() for key in keys.values() if key in self.inventory.tensors
         ]
-        values = self.plain | self.values.scalars(tensors)
+        scalars = self.values.scalars(tensors)
         for parameter, keys in optimizer.flattened.items():
-            settings = {name: values.get(key) for name, key in keys.items()}
+            settings = {name: scalars[key] if key in scalars else self._readable(key) for name, key in keys.items()}
             group = found.setdefault(repr(sorted(settings.items())), {**settings, "params": []})
             group["params"].append(parameter)
         return list(found.values())
