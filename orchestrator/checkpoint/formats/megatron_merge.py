@@ -26,6 +26,7 @@ _TIED = {
 }
 """What the last stage of a pipeline names its copy of the embedding -> the embedding."""
 BUFFER = re.compile(r".*\.(inv_freq|expert_bias|local_tokens_per_expert)")
+_FEED_FORWARD = re.compile(r".*\.mlp\.((?:experts\.)?(?:local_experts\.\d+\.)?)(?:linear_fc1|dense_h_to_4h)\.weight\d*")
 STATE_KEYS = ("iteration", "checkpoint_version", "num_floating_point_operations_so_far", "opt_param_scheduler", "args")
 _Place = tuple[int, int, int]
 
@@ -53,6 +54,10 @@ def default_rules(arguments: Arguments, architecture: str = "megatron-lm") -> Ru
     if arguments.record is None:
         raise CheckpointError(f"{arguments.label} has no args, which say what model it is: give rules")
     if arguments.get("num_experts") is not None:
+        if architecture == "megatron-lm" and not arguments.flag("swiglu"):
+            raise CheckpointError(
+                f"{arguments.label} has experts without SwiGLU, which no shipped rules are of: give rules"
+            )
         return rulefile.named(f"{architecture}-mixtral")
     return rulefile.named(f"{architecture}-llama" if arguments.flag("swiglu") else f"{architecture}-gpt")
 
@@ -62,6 +67,7 @@ class Whole:
 
     def __init__(self, files: Files, grid: Grid, rules: Rules | None) -> None:
         self.files, self.grid = files, grid
+        self.given = rules is not None
         values = variables(grid.arguments)
         self.rules = (default_rules(grid.arguments) if rules is None else rules).filled(values)
         self.notes = list(self.rules.notes)
@@ -84,6 +90,8 @@ class Whole:
             self._merge(name, rule)
         for alias, name in self.aliases.items():
             self._tie(alias, name)
+        if not self.given:
+            self._check_feed_forward()
         iteration = self.grid.first.top.find("iteration")
         return UniversalView(
             self.files,
@@ -189,6 +197,19 @@ class Whole:
             raise self.grid.first.top.fail("is on some ranks only, or of another dtype on some", name or key)
         size = self.grid.tensor_size
         return [present[start : start + size] for start in range(0, len(present), size)]
+
+    def _check_feed_forward(self) -> None:
+        """Whether gate and up are fused in a matrix is known of an argument alone: its rows have to agree."""
+        arguments = self.grid.arguments
+        dense = arguments.count("ffn_hidden_size")
+        experts = arguments.count("moe_ffn_hidden_size") or dense
+        for name, tensor in self.tensors.items():
+            match = _FEED_FORWARD.fullmatch(name)
+            size = experts if match and match[1] else dense
+            if match and size is not None:
+                rows = size * (2 if arguments.flag("swiglu") else 1)
+                if tensor.shape[0] != rows:
+                    raise arguments.fail(f"say that it has {rows} rows, but the ranks hold {tensor.shape[0]}", name)
 
     def _put(self, parameter: str, state: str | None, kind: str, rule: Rule, groups: Sequence[Sequence[Held]]) -> None:
         """Merge each tensor-parallel group; what further groups hold are further copies."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.checkpoint.archive import StoredTensor, load_archive
+from orchestrator.checkpoint.fields import corrupt
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats.deepspeed_values import Node
 from orchestrator.checkpoint.unpickle import Record
-from orchestrator.core.errors import CheckpointError
+from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
 
 MODEL_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
@@ -19,6 +20,20 @@ _RANK = re.compile(r"mp_rank_(\d{2,6})(?:_(\d{3,6}))?(?:_(\d{3,6}))?")
 _LAYER = re.compile(r"(?:.*\.)?(?:encoder|decoder)\.layers\.(\d{1,6})\..*")
 _EXPERT = re.compile(r".*\.(?:local_experts\.(\d{1,6})\..*|experts\.linear_fc[12]\.(?:weight|bias)(\d{1,6}))")
 _MAX_DEPTH = 20
+_SHAPING = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_experts",
+    "swiglu",
+    "untie_embeddings_and_output_weights",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
+"""Arguments that say what the files of ranks make together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +56,14 @@ class Arguments:
 
     def flag(self, key: str) -> bool:
         """Whether a switch is set."""
-        return self.get(key) is True
+        value = self.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise Node(value, self.label, f"args.{key}").fail(f"is a {type(value).__name__} where a switch is expected")
+        return bool(value)
+
+    def fail(self, reason: str, tensor: str | None = None) -> CorruptCheckpoint:
+        """The error to raise where the arguments do not fit the tensors."""
+        return corrupt(self.label, f"its args {reason}", tensor)
 
     @property
     def virtual_stages(self) -> int:
@@ -193,8 +215,9 @@ def _same(first: Node, top: Node, arguments: Arguments) -> None:
     if (None if mine is None else mine.value) != (None if theirs is None else theirs.value):
         raise top.fail("is of another iteration than the first rank's file")
     other = arguments_of(top)
-    for key in ("num_layers", "hidden_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if arguments.get(key) != other.get(key):
+    for key in _SHAPING:
+        mine_is, theirs_is = other.get(key), arguments.get(key)
+        if type(mine_is) is not type(theirs_is) or mine_is != theirs_is:
             raise top.fail(f"has another {key} than the first rank's file")
 
 

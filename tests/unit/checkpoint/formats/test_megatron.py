@@ -198,6 +198,19 @@ def test_a_missing_or_superfluous_rank(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("swiglu", "message"), [(False, "its args say that it has 12 rows, but the ranks hold 24"), ("no", "a switch is")]
+)
+def test_a_fused_matrix_is_not_taken_for_a_plain_one(tmp_path: Path, swiglu: object, message: str) -> None:
+    folder = write(Job(Model("llama", tied=False, layers=1), tensor=2), tmp_path)
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        saved = torch.load(folder / rank / "model_optim_rng.pt", weights_only=False)
+        saved["args"].swiglu = swiglu
+        torch.save(saved, folder / rank / "model_optim_rng.pt")
+    with pytest.raises(CorruptCheckpoint, match=message):
+        open_checkpoint(tmp_path)
+
+
 def test_stages_that_do_not_make_the_model(tmp_path: Path) -> None:
     job = Job(Model(layers=4), stages=2)
     folder = write(job, tmp_path)

@@ -111,9 +111,6 @@ def test_damage_is_named(tmp_path: Path, change: Callable[[Any], object], messag
 
 
 def test_states_in_buckets_are_refused(tmp_path: Path) -> None:
-    key = f"optimizer.state.exp_avg.{FINAL}"
-    bucket = (
-        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.exp_avg"
-    )
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0.param"
     with pytest.raises(CheckpointError, match="in the order of communication buckets"):
         open_checkpoint(changed(tmp_path, lambda one: _rename(one, AVERAGE, bucket)))
