@@ -57,7 +57,7 @@ class _Source:
         self.partitioned = bool(found.zero_models)
         """Whether the weights are cut over the data-parallel ranks, too (ZeRO 3)."""
         self.models: dict[tuple[int, int], Node] = {}
-        """(model-parallel rank, data-parallel rank) -> model file; only rank 0's below ZeRO 3."""
+        """(model-parallel rank, data-parallel rank) -> model file; of others than rank 0 where they hold more."""
         self.optimizers: dict[int, list[Node]] = {}
         """Model-parallel rank -> `optimizer_state_dict` of every data-parallel rank."""
         self.shapes: dict[int, list[dict[str, Shape]]] = {}
@@ -114,7 +114,7 @@ class _Source:
                 raise self._missing(f"{prefix}mp_rank_{mp:02d}_model_states.pt")
             first = self.models[mp, 0] = self._file(models[mp, 0])
             world = self._load_optimizers(mp, first)
-            for dp in range(1, world if self.partitioned else 1):
+            for dp in range(1, world if _has_fragments(first) else 1):
                 if (mp, dp) in models:
                     self.models[mp, dp] = self._file(models[mp, dp])
             if self.optimizers:
@@ -158,7 +158,7 @@ class _Source:
         return corrupt(self.files.label(self.found.folder + name), "it is missing")
 
     def _shapes(self, mp: int) -> list[dict[str, Shape]]:
-        """`param_shapes`, which all ranks of ZeRO 3 repeat."""
+        """`param_shapes`, which all data-parallel ranks of ZeRO 3 repeat."""
         model = self.models[mp, 0]
         shapes = model.find("param_shapes")
         if shapes is None:
@@ -216,6 +216,8 @@ class _Source:
             for index, model in enumerate(models):
                 module.take(model, values.named() if values is not None and not index else ())
             self._take_fragments(module, mp, models)
+        for model in self.models.values():
+            module.take_shared(model)  # only the very first rank writes it
         if self.found.layers:
             self._take_layers(module, copies, rank)
         parameters = {name: held[0] for name, held in copies.items()}
@@ -242,12 +244,12 @@ class _Source:
         return zero3.FP32 in self.optimizers[mp][0].mapping()
 
     def _take_fragments(self, module: Module, mp: int, models: Sequence[Node]) -> None:
-        world = len(self.optimizers.get(mp, ())) if self.partitioned else 1
-        if len(models) < world and any(0 not in shape for shape in module.frozen_shapes.values()):
-            absent = next(dp for dp in range(world) if (mp, dp) not in self.models)
-            raise self._missing(f"zero_pp_rank_{absent}_mp_rank_{mp:02d}_model_states.pt")
-        if len(models) == world:
-            module.take_fragments(models)
+        """What is not trained: cut over the data-parallel ranks with ZeRO 3, whole in the one file below."""
+        world = len(self.optimizers[mp]) if _has_fragments(models[0]) and self.partitioned else 1
+        for dp in range(world):
+            if (mp, dp) not in self.models:
+                raise self._missing(f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_model_states.pt")
+        module.take_fragments(models)
 
     def _take_layers(self, module: Module, copies: Copies, rank: int) -> None:
         """The weights of a pipeline's layers, under the names of the whole model."""
@@ -334,6 +336,12 @@ def _world(optimizer: Node, model: Node) -> int | None:
             if counts:
                 return max(counts)
     return None
+
+
+def _has_fragments(model: Node) -> bool:
+    """Whether every data-parallel rank of ZeRO 3 has its part of parameters that are not trained."""
+    shapes = model.find("frozen_param_shapes")
+    return shapes is not None and any(0 not in shape.shape(name) for name, shape in shapes.named())
 
 
 def _config_dtype(model: Node) -> str | None:

@@ -34,10 +34,13 @@ class Module:
         buffers = model.find("buffer_names")
         if buffers is not None:
             self.buffers = (self.buffers or set()) | {_text(one) for one in buffers.items()}
-        for alias, owner in _members(model, "shared_params"):
-            self.shared[alias] = _text(owner)
         for name, shape in _members(model, "frozen_param_shapes"):
             self.frozen_shapes[name] = shape.shape(name)
+
+    def take_shared(self, model: Node) -> None:
+        """Add the tied names that a model file lists."""
+        for alias, owner in _members(model, "shared_params"):
+            self.shared[alias] = _text(owner)
 
     def take_fragments(self, ranks: Sequence[Node]) -> None:
         """Add every data-parallel rank's part of what is not trained."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.checkpoint.fields import corrupt
+from orchestrator.checkpoint.formats.deepspeed_affine import AffineMap
 from orchestrator.checkpoint.formats.deepspeed_flat import STEP, Held, Parameter
 from orchestrator.checkpoint.formats.deepspeed_rules import Chooser
 from orchestrator.checkpoint.language import Rule, Shard, merge
@@ -76,24 +77,23 @@ def _merge_stage(
 
 def _pieces(place: str, name: str, state: str | None, shards: Sequence[Parameter]) -> list[Held] | None:
     """One tensor on every rank; a rank without elements of the parameter has an empty one. None for unequal numbers."""
-    present = [shard.tensors[state] for shard in shards if state in shard.tensors]
-    first = present[0]
     full = tensor_name(name, state)
-    pieces = []
-    for index, shard in enumerate(shards):
-        piece = shard.tensors.get(state)
-        if piece is None:
-            if 0 not in shard.shape:
-                raise corrupt(place, f"tensor-parallel rank {index} lacks it, while others have it", full)
-            piece = first if is_number(first) else Held(first.dtype, shard.shape, ())
-        if piece.dtype != first.dtype and 0 not in shard.shape:
-            raise corrupt(place, f"tensor-parallel rank {index} holds {piece.dtype} but rank 0 {first.dtype}", full)
-        pieces.append(piece)
-    if is_number(first) and any(piece.chunks[0].data != first.chunks[0].data for piece in pieces):
-        if state == STEP:
-            raise corrupt(place, "tensor-parallel ranks have taken different steps", full)
-        return None
-    return pieces
+    solid = [shard for shard in shards if 0 not in shard.shape] or list(shards)
+    present = [shard.tensors[state] for shard in solid if state in shard.tensors]
+    if len(present) != len(solid):
+        raise corrupt(place, "some tensor-parallel ranks lack it, while others have it", full)
+    first = present[0]
+    for piece in present:
+        if piece.dtype != first.dtype:
+            raise corrupt(place, f"it is {piece.dtype} and {first.dtype} on different tensor-parallel ranks", full)
+    if not is_number(first):
+        nothing = {id(shard): Held(first.dtype, shard.shape, ()) for shard in shards if 0 in shard.shape}
+        return [nothing.get(id(shard)) or shard.tensors[state] for shard in shards]
+    if all(piece.chunks[0].data == first.chunks[0].data for piece in present if is_number(piece)):
+        return [first for _ in shards]
+    if state == STEP:
+        raise corrupt(place, "tensor-parallel ranks have taken different steps", full)
+    return None
 
 
 def is_number(held: Held) -> bool:
@@ -101,11 +101,15 @@ def is_number(held: Held) -> bool:
     return len(held.chunks) == 1 and held.chunks[0].data is not None
 
 
-def _merge_one(name: str, state: str | None, kind: str, rule: Rule | None, pieces: Sequence[Held]) -> LogicalTensor:
+def _merge_one(
+    name: str, state: str | None, kind: str, rule: Rule | AffineMap | None, pieces: Sequence[Held]
+) -> LogicalTensor:
     full, first = tensor_name(name, state), pieces[0]
     kind = kind if state is None else "state"
     if rule is None or is_number(first):
         return LogicalTensor(full, name, state, kind, first.dtype, first.shape, first.chunks)
+    if isinstance(rule, AffineMap):
+        return rule.merge(name, state, kind, pieces)
     return merge(full, name, state, kind, first.dtype, rule, [Shard(piece.shape, piece.chunks) for piece in pieces])
 
 

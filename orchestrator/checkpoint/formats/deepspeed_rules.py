@@ -8,9 +8,10 @@ stages hold is one parameter, so that `pipeline_replicated_parameter_patterns` s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.checkpoint.expressions import compiled
+from orchestrator.checkpoint.formats.deepspeed_affine import AffineMap, affine_map, affine_maps
 from orchestrator.checkpoint.formats.deepspeed_flat import Shape
 from orchestrator.checkpoint.formats.deepspeed_module import listed
 from orchestrator.checkpoint.formats.deepspeed_values import Node, short
@@ -48,6 +49,7 @@ class Chooser:
         self.info, self.rules, self.ranks = info, rules, ranks
         self.lists = {key: _patterns(info, key) for key in _LISTS}
         self.fused = _fused(info)
+        self.maps = affine_maps(info)
         self.version = _version(info)
         self.unused = {pattern for patterns in self.lists.values() for pattern in patterns}
         self.unused |= {pattern for entry in self.fused for pattern in entry.patterns}
@@ -55,8 +57,13 @@ class Chooser:
         self._same: list[str] = []
         self._refuse_unsupported()
 
-    def rule(self, name: str, kind: str, shapes: Sequence[Shape]) -> Rule | None:
+    def rule(self, name: str, kind: str, shapes: Sequence[Shape]) -> Rule | AffineMap | None:
         """The rule for a parameter or buffer with these shapes on the ranks; None when rank 0 holds all there is."""
+        geometric = affine_map(self.maps, name, self.ranks)
+        if geometric is not None:
+            self._listed(name)  # an older reader's: used, too
+            padding = self._padding(name, Replicated(), [geometric.shape])
+            return geometric if padding is None else replace(geometric, rows=int(padding.to))
         pattern, match = self._listed(name)
         if pattern is None and self.info is None and self.rules is not None:
             rule = self._given(name)

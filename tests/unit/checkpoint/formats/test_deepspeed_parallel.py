@@ -221,6 +221,104 @@ def test_metadata_before_widths_shares_fused_parts_evenly(tmp_path: Path) -> Non
     assert_holds(open_checkpoint(tmp_path), run.expected())
 
 
+def block(shape: tuple[int, ...], source: Any, dest: Any, ranks: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    return {"shape": list(shape), "source": source, "dest": dest, "locations": list(ranks), **more}
+
+
+def geometric() -> dict[str, Any]:
+    """Maps for a row-parallel, a column-parallel and a replicated parameter, and the vocabulary."""
+
+    def ranks(shard: tuple[int, ...], *pieces: list[dict[str, Any]]) -> dict[int, Any]:
+        return {rank: {"shard_shape": list(shard), "pieces": found} for rank, found in enumerate(pieces)}
+
+    dense = [[block((6, 4), [4 * rank, [8, 1]], [0, [4, 1]], (rank,))] for rank in (0, 1)]
+    up = [
+        [block((5, 6), [half * 60 + rank * 30, [6, 1]], [half * 30, [6, 1]], (rank,)) for half in (0, 1)]
+        for rank in (0, 1)
+    ]
+    norm = [[block((6,), [0, [1]], [0, [1]], (0, 1))] for _ in (0, 1)]
+    words = [[block((6, 6), [36 * rank, [6, 1]], [0, [6, 1]], (rank,))] for rank in (0, 1)]
+    return {
+        "version": 1,
+        "params": {
+            r"\d+\.dense\.weight": {"logical_shape": [6, 8], "ranks": ranks((6, 4), *dense)},
+            r"\d+\.up\.weight": {"logical_shape": [20, 6], "ranks": ranks((10, 6), *up)},
+            r"\d+\.norm\.weight": {"logical_shape": [6], "ranks": ranks((6,), *norm)},
+            r"tied_modules.*": {"logical_shape": [12, 6], "ranks": ranks((6, 6), *words)},
+        },
+    }
+
+
+def test_a_geometric_map_goes_before_the_lists(tmp_path: Path) -> None:
+    run = Run(2, 2)
+    wrong = {"parameter_with_2_sub_params_cat_dim_0": [], "parameter_with_row_parallelism_patterns": []}
+    run.save(tmp_path, universal_checkpoint_info={**INFO, **wrong, "affine_map": geometric()})
+    view = open_checkpoint(tmp_path)
+    assert_holds(view, run.expected())
+    assert view.tensors["1.dense.weight"].rule == "blocks of a geometric map"
+
+
+AFFINE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "version": (lambda found: found.update(version=2), "is 2, later than 1"),
+    "scale": (lambda found: piece(found).update(scale=0.5), "scaled on some ranks are not read"),
+    "hole": (lambda found: piece(found).update(source=[4, [8, 1]]), "does not tile the tensor"),
+    "stride": (lambda found: piece(found).update(source=[0, [9, 1]]), "is no box of"),
+    "outside": (lambda found: piece(found).update(source=[5, [8, 1]]), "is no box of"),
+    "elements": (lambda found: piece(found).update(shape=[6, 3]), "pieces of other elements than its shard"),
+    "place": (lambda found: piece(found).update(locations=[1]), "is not on rank 0"),
+    "rank": (lambda found: dense(found)["ranks"].pop(1), "lacks tensor-parallel rank 1"),
+    "shard": (lambda found: dense(found)["ranks"][0].update(shard_shape=[4, 6]), "is no box of"),
+    "junk": (lambda found: dense(found).update(ranks=7), "mapping is expected"),
+}
+
+
+def dense(found: Any) -> Any:
+    return found["params"][r"\d+\.dense\.weight"]
+
+
+def piece(found: Any) -> Any:
+    return dense(found)["ranks"][0]["pieces"][0]
+
+
+@pytest.mark.parametrize("case", AFFINE)
+def test_a_geometric_map_that_does_not_fit_is_named(tmp_path: Path, case: str) -> None:
+    found = geometric()
+    AFFINE[case][0](found)
+    Run(1, 2).save(tmp_path, universal_checkpoint_info={**INFO, "affine_map": found})
+    with pytest.raises(CheckpointError, match=AFFINE[case][1]):
+        open_checkpoint(tmp_path)
+
+
+def test_a_rank_may_hold_nothing_of_a_parameter(tmp_path: Path) -> None:
+    run = Run(1, 2)
+    for state, cuts in run.cuts.items():
+        whole = run.whole["1.column.weight" + (f".{state}" if state else "")]
+        cuts["1.column.weight"] = [whole[:0], whole]  # not trained by DeepSpeed, and saved with the module
+    folder = run.save(tmp_path, universal_checkpoint_info=INFO)
+    with deepspeed_names():
+        for file in folder.glob("*_mp_rank_00_*.pt"):
+            content = torch.load(file, weights_only=False)
+            for mapping in content.get("optimizer_state_dict", {}).get("param_slice_mappings", []):
+                mapping.pop("1.column.weight", None)
+            torch.save(content, file)
+        model_file = folder / "mp_rank_00_model_states.pt"
+        content = torch.load(model_file, weights_only=False)
+        del content["param_shapes"][0]["1.column.weight"]
+        torch.save(content, model_file)
+    assert_holds(open_checkpoint(tmp_path), run.expected())
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_slices_name_the_parameters_where_no_shapes_do(tmp_path: Path, stages: int) -> None:
+    """The BF16 optimizer of a pipeline without ZeRO saves its slices, but no `param_shapes`."""
+    run = Run(stages, 2)
+    folder = run.save(tmp_path, universal_checkpoint_info=INFO)
+    with deepspeed_names():
+        for file in folder.glob("mp_rank_*.pt"):
+            torch.save(torch.load(file, weights_only=False) | {"param_shapes": None}, file)
+    assert_holds(open_checkpoint(tmp_path), run.expected())
+
+
 BAD = {
     "several": ({"tp_replicated_parameter_patterns": [r"1\.norm.*", r".*norm\.weight"]}, "several patterns"),
     "expression": ({"tp_replicated_parameter_patterns": ["("]}, "not a regular expression"),
