@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,7 @@ class Record:
 Builder = Callable[..., Any]
 
 _MARK = object()
+_SIZED = (tuple, list, dict, set, frozenset, str, bytes)
 
 
 def unpickle(
@@ -118,20 +119,57 @@ class _Machine:
         self.copied = 0
         self.persistent = persistent
         self.builders = builders
+        self.names: list[Name] = []
+        self.builder_of: dict[int, Builder | None] = {}
 
     def run(self) -> Any:
-        data, codes = self.data, _CODES
-        while True:
-            if self.at >= len(data):
-                raise PickleError("it ends before its end mark")
-            code = data[self.at]
-            self.at += 1
-            if code == 0x2E:  # STOP
-                return self.stack.pop()
-            action = codes.get(code)
-            if action is None:
-                raise PickleError(f"byte {self.at - 1}: opcode {code:#04x} is not read")
-            action(self)
+        """Metadata have hundreds of thousands of opcodes: the frequent ones are done in place, others by `_CODES`."""
+        data, stack, memo = self.data, self.stack, self.memo
+        push, at, end = stack.append, self.at, len(self.data)
+        while at < end:
+            code = data[at]
+            at += 1
+            if code == 0x94 and len(memo) < MAX_MEMO:  # MEMOIZE
+                memo[len(memo)] = stack[-1]
+            elif code == 0x68:  # BINGET
+                push(memo[data[at]])
+                at += 1
+            elif code == 0x6A and at + 4 <= end:  # LONG_BINGET
+                push(memo[int.from_bytes(data[at : at + 4], "little")])
+                at += 4
+            elif code == 0x4B:  # BININT1
+                push(data[at])
+                at += 1
+            elif code == 0x28:  # MARK
+                push(_MARK)
+            elif code == 0x85 and stack[-1] is not _MARK:  # TUPLE1
+                stack[-1] = (stack[-1],)
+            elif code == 0x29:  # EMPTY_TUPLE
+                push(())
+            elif code == 0x7D:  # EMPTY_DICT
+                push({})
+            elif code in (0x81, 0x52):  # NEWOBJ, REDUCE
+                self.at = at
+                args = stack.pop()
+                stack[-1] = self.build(stack[-1], args)
+            elif code == 0x62 and type(stack[-2]) is Record:  # BUILD
+                state = stack.pop()
+                stack[-1].state = state
+            elif code == 0x86 and stack[-1] is not _MARK and stack[-2] is not _MARK:  # TUPLE2
+                last = stack.pop()
+                stack[-1] = (stack[-1], last)
+            elif code == 0x2E:  # STOP
+                self.at = at
+                return stack.pop()
+            else:
+                self.at = at
+                action = _CODES.get(code)
+                if action is None:
+                    raise PickleError(f"byte {at - 1}: opcode {code:#04x} is not read")
+                action(self)
+                at = self.at
+        self.at = at
+        raise PickleError("it ends before its end mark")
 
     # ------------------------------------------------------------ reading
 
@@ -178,13 +216,17 @@ class _Machine:
     def build(self, name: Any, args: Any) -> Any:
         if not isinstance(name, Name) or not isinstance(args, tuple):
             raise PickleError(f"byte {self.at}: a {type(name).__name__} is called")
+        if not args:
+            builder = self.builder_of[id(name)]
+            return Record(name, ()) if builder is None else builder()
         if _MARK in args:
             raise PickleError(f"byte {self.at}: a mark is an argument")
         for argument in args:
-            self.copied += len(argument) if isinstance(argument, Collection) else 0
+            if isinstance(argument, _SIZED):
+                self.copied += len(argument)
         if self.copied > 4 * len(self.data) + 1024:
             raise PickleError(f"byte {self.at}: it copies more items than it has bytes")
-        builder = self.builders.get(f"{name.module}.{name.name}")
+        builder = self.builder_of[id(name)]
         return Record(name, args) if builder is None else builder(*args)
 
     def reduce(self) -> None:
@@ -201,7 +243,10 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise PickleError(f"byte {self.at}: a class is named by a {type(module).__name__}")
-        self.stack.append(Name(_PYTHON_2.get(module, module), name))
+        named = Name(_PYTHON_2.get(module, module), name)
+        self.names.append(named)  # so that no other object gets its identity
+        self.builder_of[id(named)] = self.builders.get(str(named))
+        self.stack.append(named)
 
     def set_state(self) -> None:
         state = self.stack.pop()
@@ -224,7 +269,7 @@ class _Machine:
         if not isinstance(mapping, dict) or len(values) % 2:
             raise PickleError(f"byte {self.at}: items are set on a {type(target).__name__}")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            mapping[_key(key)] = value
+            mapping[key if type(key) in _PLAIN_KEYS else _key(key)] = value
 
     def add(self, values: list[Any]) -> None:
         target = self.stack[-1]
@@ -236,6 +281,9 @@ class _Machine:
         if self.persistent is None:
             raise PickleError(f"byte {self.at}: a persistent id is not expected here")
         self.stack.append(self.persistent(identity))
+
+
+_PLAIN_KEYS = frozenset({str, int, Record})
 
 
 def _key(value: Any) -> Any:
