@@ -214,6 +214,11 @@ class Whole:
     def _put(self, parameter: str, state: str | None, kind: str, rule: Rule, groups: Sequence[Sequence[Held]]) -> None:
         """Merge each tensor-parallel group; what further groups hold are further copies."""
         name = tensor_name(parameter, state)
+        for group in groups:
+            shapes = {one.shard.shape for one in group}
+            if len(shapes) > 1:  # Megatron-LM divides evenly or not at all
+                words = " and ".join(str(list(shape)) for shape in sorted(shapes)[:4])
+                raise self.grid.first.top.fail(f"is {words} on ranks of one group", name)
         first, *rest = (
             merge(name, parameter, state, kind, group[0].dtype, rule, [one.shard for one in group]) for group in groups
         )

@@ -244,6 +244,15 @@ def test_a_parameter_that_one_rank_lacks(tmp_path: Path) -> None:
         open_checkpoint(damaged(tmp_path, lack, job))
 
 
+def test_ranks_with_unequal_parts(tmp_path: Path) -> None:
+    def widen(saved: dict[str, Any]) -> None:
+        saved["model"]["decoder.layers.0.self_attention.linear_proj.weight"] = torch.zeros(8, 6, dtype=torch.bfloat16)
+
+    job = Job(Model(layers=1), tensor=2, optimizer="none")
+    with pytest.raises(CorruptCheckpoint, match=r"linear_proj\.weight: it is \[8, 4\] and \[8, 6\] on ranks of one"):
+        open_checkpoint(damaged(tmp_path, widen, job))
+
+
 def test_distributed_optimizers_without_a_group_for_a_parameter(tmp_path: Path) -> None:
     def drop(saved: dict[str, Any]) -> None:
         saved["optimizer"]["optimizer"]["param_groups"][0]["is_expert_parallel"] = True
