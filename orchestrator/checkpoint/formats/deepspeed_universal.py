@@ -285,6 +285,7 @@ class _Source:
         for model in self.models:
             values = model.find("module")
             module.take(model, [] if values is None else values.named())
+            module.take_shared(model)
         aliases: dict[str, str] = {}
         if len(self.models) == 1:
             module.take_fragments(self.ranks)

@@ -43,6 +43,8 @@ VERSION = "0.19.8"
 ADAM = ("exp_avg", "exp_avg_sq")
 """The only states that DeepSpeed loads under ZeRO 3, where it does not do without them."""
 STEP = "step"
+USUAL_RANKS = range(2, 65)
+"""Numbers of data-parallel ranks for which it is noted that DeepSpeed could not load a parameter group."""
 _SCALERS = Name("deepspeed.runtime.fp16.loss_scaler", "")
 _DYNAMIC = (
     "cur_scale",
@@ -128,6 +130,7 @@ class _Plan:
             group.states = self._states(group)
         self._require_loadable_states()
         self._add_steps()
+        self._note_small_groups()
 
     def _is_trained(self, tensor: LogicalTensor) -> bool:
         return (
@@ -202,6 +205,16 @@ class _Plan:
                 )
         if self.stage == 3 and len({group.step for group in self.groups if group.step is not None}) > 1:
             self.notes.append("DeepSpeed keeps one step for all parameters under ZeRO 3: the largest is taken.")
+
+    def _note_small_groups(self) -> None:
+        for index, group in enumerate(self.groups if self.stage < 3 else ()):
+            count = sum(prod(self.trained[name].shape) for name in group.names)
+            ranks = next((ranks for ranks in USUAL_RANKS if _leaves_rank_empty(count, ranks)), None)
+            if count and ranks:
+                self.notes.append(
+                    f"Parameter group {index} has {count} elements: on {ranks} ranks, where one holds none of them, "
+                    "DeepSpeed stops with an IndexError as it loads them under ZeRO 1 or 2; stage 3 has no such limit."
+                )
 
     # ------------------------------------------------------------ files
 
@@ -308,6 +321,12 @@ class _Plan:
     def _fragment(self, tensor: Tensor) -> Tensor:
         """All of it: under ZeRO 3 flattened, as from a single rank."""
         return Tensor(tensor.storage, tensor.dtype, (prod(tensor.shape),)) if self.stage == 3 else tensor
+
+
+def _leaves_rank_empty(count: int, ranks: int) -> bool:
+    """Whether the last of the ranks holds padding only of a group of `count` elements, as ZeRO 1 and 2 cut it."""
+    share = 2 * -(-count // (2 * ranks))
+    return (ranks - 1) * share >= count
 
 
 def _number(step: float) -> Storage:

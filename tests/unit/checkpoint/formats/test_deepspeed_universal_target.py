@@ -40,7 +40,7 @@ def test_any_stage_becomes_any_other(tmp_path: Path, source: int, stage: int) ->
     layout.write(tmp_path, stage=source, tag="source")
     view = open_checkpoint(tmp_path / "source")
     (tmp_path / "new").mkdir()
-    assert write(view, tmp_path / "new" / "t", stage) == ()
+    assert all("IndexError" in note for note in write(view, tmp_path / "new" / "t", stage))
     again = open_checkpoint(tmp_path / "new")
     assert contents(again) == contents(view)
     assert {name: one.shape for name, one in again.tensors.items()} == {
@@ -150,6 +150,17 @@ def test_one_step_for_a_group(tmp_path: Path) -> None:
     notes = write(view, tmp_path / "target", 1)
     assert load(tmp_path / "target/zero/a.weight/step.pt").item() == 5
     assert any("a.weight" in note and "get step 5 instead of 3" in note for note in notes)
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(1, 2), (6, 4), (31, 5), (10**6, None)])
+def test_groups_that_deepspeed_could_not_load_are_noted(tmp_path: Path, count: int, ranks: int | None) -> None:
+    view = sample(tmp_path / "source", {"only": np.zeros(count, "f4")})
+    view.state["param_groups"] = [{"lr": 1.0, "params": ["only"]}]
+    notes = write(view, tmp_path / "target", 2)
+    words = f"Parameter group 0 has {count} elements: on {ranks} ranks, where one holds none of them"
+    assert [note.startswith(words) for note in notes] == ([True] if ranks else [])
+    (note,) = write(view, tmp_path / "other", 3)
+    assert note.startswith("The source has no optimizer state")
 
 
 def test_states_that_zero_3_does_not_load_are_refused(tmp_path: Path) -> None:
