@@ -19,6 +19,7 @@ from orchestrator.checkpoint.view import UniversalView
 from tests.integration.checkpoint import dcp_cases
 
 DEADLINE_S = 200.0
+pytestmark = pytest.mark.timeout(900)  # seconds on an idle machine; the ranks of a world wait for one another
 CASES: dict[str, dict[str, Any]] = {
     "one rank, tied": {"world": 1, "mesh": "dp", "tied": True, "to": 3, "into": "dp"},
     "dp 2, bf16, tied, groups": {

@@ -241,3 +241,27 @@ def test_a_shortened_data_file_is_found_by_its_metadata(tmp_path: Path) -> None:
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(CorruptCheckpoint, match=r"__0_0.distcp is corrupt at tensor model.w"):
         opened(tmp_path)
+
+
+def test_archives_of_one_shape_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.checkpoint import view as module
+
+    parsed: list[int] = []
+    original = module.open_blob
+    monkeypatch.setattr(module, "open_blob", lambda *args: parsed.append(args[2]) or original(*args))
+    weights = {f"w{index}": torch.full((3, 2), float(index)) for index in range(9)}
+    weights |= {"half": torch.ones(3, 4, dtype=torch.float16), "turned": torch.arange(6.0).reshape(2, 3).t()}
+    assert_holds(opened(save(weights, tmp_path)), weights, {})
+    assert len(parsed) == 3
+
+
+def test_a_damaged_archive_is_not_taken_for_one_of_its_shape(tmp_path: Path) -> None:
+    weights = {f"w{index}": torch.full((3, 2), float(index)) for index in range(3)}
+    view = opened(save(weights, tmp_path))
+    last = view.tensors["w2"].chunks[0]
+    with (tmp_path / "__0_0.distcp").open("r+b") as file:
+        file.seek(last.begin + 1)
+        file.write(b"X")
+    read(view, "w0")
+    with pytest.raises(CorruptCheckpoint, match="at tensor w2"):
+        read(view, "w2")
