@@ -87,6 +87,8 @@ def cut(chunk: Chunk, box: Box, item_bytes: int) -> Chunk:
         return replace(chunk, box=box, begin=0, data=b"".join(_rows(chunk, inner, item_bytes)), digest=None)
     strides = row_major(chunk.box.sizes) if chunk.strides is None else chunk.strides
     plain = None if is_row_major(box.sizes, strides) else strides
+    if chunk.blob_bytes is None:
+        return Chunk(box, chunk.file, chunk.begin + _dot(inner.offsets, strides) * item_bytes, strides=plain)
     return replace(_skipping(chunk, _dot(inner.offsets, strides), item_bytes), box=box, strides=plain)
 
 
@@ -178,12 +180,17 @@ class _Merger:
     def moved(self, chunks: Iterable[Chunk], dim: int, spans: Sequence[tuple[int, int, int]]) -> Iterator[Chunk]:
         """A shard's chunks in the whole tensor; each span is (first in the shard, size, first in the tensor)."""
         for chunk in chunks:
-            first, size = chunk.box.offsets[dim], chunk.box.sizes[dim]
+            box = chunk.box
+            first, size = box.offsets[dim], box.sizes[dim]
             for start, width, target in spans:
                 low, high = max(first, start), min(first + size, start + width)
-                if low < high:
-                    part = cut(chunk, _along(chunk.box, dim, low, high - low), self.item_bytes)
-                    yield part.moved(_along(part.box, dim, low - start + target, high - low))
+                if low >= high:
+                    continue
+                if high - low < size:
+                    part = cut(chunk, _along(box, dim, low, high - low), self.item_bytes)
+                    yield part.moved(_along(box, dim, low - start + target, high - low))
+                else:
+                    yield chunk if target == start else chunk.moved(_along(box, dim, low - start + target, size))
 
     def widths(self, fragment: Fragment, extents: Sequence[int]) -> list[tuple[int, ...]]:
         """How much of each section each rank holds, checked against what the ranks have."""
