@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -25,13 +26,13 @@ from orchestrator.checkpoint.durable import replace_durably
 from orchestrator.checkpoint.formats.deepspeed_module import listed
 from orchestrator.checkpoint.formats.deepspeed_sharding import sharding
 from orchestrator.checkpoint.formats.deepspeed_universal import INFO, LATEST, OPTIMIZER, VALUE
-from orchestrator.checkpoint.formats.torch_archive import Storage, archive
+from orchestrator.checkpoint.formats.torch_archive import Storage, TorchFile, archive
 from orchestrator.checkpoint.formats.torch_pickle import Instance, Tensor, size
 from orchestrator.checkpoint.formats.universal import read_steps
 from orchestrator.checkpoint.layout import LogicalTensor
 from orchestrator.checkpoint.manifest import digest_of
 from orchestrator.checkpoint.numbers import FLOATS
-from orchestrator.checkpoint.stream import Limits, OutputFile, Progress
+from orchestrator.checkpoint.stream import Limits, Progress
 from orchestrator.checkpoint.target import partial
 from orchestrator.checkpoint.unpickle import Name
 from orchestrator.checkpoint.view import UniversalView
@@ -73,10 +74,13 @@ def write_deepspeed_universal(
     if stage not in STAGES:
         raise InvalidInput(f"{stage} is not a ZeRO stage with universal checkpoints: choose 1, 2 or 3")
     plan = _Plan(view, stage)
-    outputs = [*plan.tensors(), plan.optimizer(), plan.model()]
+    files = [*plan.tensors(), plan.optimizer(), plan.model()]
+    outputs = [one.output for one in files]
     with partial(target) as folder:
         names = [(one.name, one.size_bytes, digest_of(b"".join(data for _, data in one.literals))) for one in outputs]
         folder.fill(view, outputs, names, limits, progress)
+        with ThreadPoolExecutor(limits.threads) as pool:
+            list(pool.map(lambda one: one.seal(folder.directory), files))
         for alias, owner in plan.aliases.items():
             _link(folder.directory / "zero" / owner, folder.directory / "zero" / alias)
         folder.publish()
@@ -218,7 +222,7 @@ class _Plan:
 
     # ------------------------------------------------------------ files
 
-    def tensors(self) -> Iterable[OutputFile]:
+    def tensors(self) -> Iterable[TorchFile]:
         """A file per parameter and state."""
         info = self.view.state.get(INFO)
         for group in self.groups:
@@ -234,13 +238,13 @@ class _Plan:
                 if group.step is not None and self.stage < 3:
                     yield archive(f"zero/{name}/{STEP}.pt", Tensor(0, "F32", ()), [_number(group.step)])
 
-    def _file(self, name: str, state: str, storage: Storage, extra: dict[str, Any]) -> OutputFile:
+    def _file(self, name: str, state: str, storage: Storage, extra: dict[str, Any]) -> TorchFile:
         file = f"zero/{name}/{state}.pt"
         if self.stage == 3:
             return archive(file, Tensor(0, storage.dtype, (prod(storage.shape),)), [storage])
         return archive(file, {**extra, "param": Tensor(0, storage.dtype, storage.shape)}, [storage])
 
-    def optimizer(self) -> OutputFile:
+    def optimizer(self) -> TorchFile:
         """`optimizer_state.pt`: the engine's scalars, the groups by position; for ZeRO 3 also the step."""
         given = self.view.state
         value: dict[str, Any] = {key: _plain(given[key]) for key in _OPTIMIZER_STATE if key in given}
@@ -271,7 +275,7 @@ class _Plan:
         self.notes.append("The source's loss scaler is not one of DeepSpeed's: it starts anew.")
         return {}
 
-    def model(self) -> OutputFile:
+    def model(self) -> TorchFile:
         """The model file: shapes, buffers, what is not trained, and the engine's and the script's own state."""
         module, storages = self._module()
         frozen = {name: tensor for name, tensor in module.items() if name in self.view.frozen}

@@ -1,21 +1,23 @@
 """Files that `torch.load` reads, laid out before any tensor is read, so that tensors are streamed into them.
 
-A stored zip archive with the pickle first and one entry per storage. The entries of storages have no checksum, as torch
-writes them under `set_crc32_options(False)`: `torch.load` reads them, `mmap` included; `unzip` would complain.
+A stored zip archive with the pickle first and one entry per storage, whose checksums are filled in at the end.
 """
 
 from __future__ import annotations
 
+import os
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 from orchestrator.checkpoint.formats.torch_pickle import encode
 from orchestrator.checkpoint.layout import ITEM_BYTES, Box
-from orchestrator.checkpoint.stream import OutputFile, Segment, cut
+from orchestrator.checkpoint.stream import BLOCK_BYTES, OutputFile, Segment, cut
 
 ALIGNMENT = 64
 """Bytes: storages begin at a multiple of it, as in torch's own archives."""
@@ -23,6 +25,8 @@ FOLDER = "archive"
 _LARGE = 0xFFFFFFFF
 """Sizes and positions from here on are written in fields of their own (zip64)."""
 _LOCAL, _CENTRAL = b"PK\x03\x04", b"PK\x01\x02"
+_LOCAL_CHECKSUM, _CENTRAL_CHECKSUM = 14, 16
+"""Where the checksum is in both headers of an entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,36 @@ class Storage:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def archive(name: str, value: Any, storages: Sequence[Storage] = ()) -> OutputFile:
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A file as it is laid out, and which checksums it lacks until its tensors are written."""
+
+    output: OutputFile
+    streamed: tuple[tuple[int, int, tuple[int, int]], ...]
+    """(First byte, number of bytes, the two places for the checksum) of storages."""
+
+    def seal(self, directory: Path) -> None:
+        """Fill in the checksums of the file as it is written in `directory`; raises `OSError`."""
+        if not self.streamed:
+            return
+        block = memoryview(bytearray(BLOCK_BYTES))
+        handle = os.open(directory / self.output.name, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for begin, count, places in self.streamed:
+                checksum, done = 0, 0
+                while done < count:
+                    read = os.preadv(handle, [block[: count - done]], begin + done)
+                    checksum = isal_zlib.crc32(block[:read], checksum)
+                    done += read
+                    if not read:
+                        raise OSError(f"{self.output.name} was cut off while it was written")
+                for place in places:
+                    os.pwrite(handle, struct.pack("<L", checksum), place)
+        finally:
+            os.close(handle)
+
+
+def archive(name: str, value: Any, storages: Sequence[Storage] = ()) -> TorchFile:
     """The file `name` of a value, whose `Tensor`s stand for the storages by their index."""
     growing = _Archive()
     growing.add("data.pkl", encode(value))
@@ -50,7 +83,8 @@ def archive(name: str, value: Any, storages: Sequence[Storage] = ()) -> OutputFi
         growing.add_storage(f"data/{index}", storage)
     growing.add("version", b"3\n")
     growing.finish()
-    return OutputFile(name, growing.at, tuple(growing.literals), tuple(growing.segments))
+    output = OutputFile(name, growing.at, tuple(growing.literals), tuple(growing.segments))
+    return TorchFile(output, tuple(growing.streamed))
 
 
 @dataclass(slots=True)
@@ -59,20 +93,26 @@ class _Archive:
     literals: list[tuple[int, bytes]] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     entries: list[bytes] = field(default_factory=list)
+    unsummed: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(First byte, number of bytes, place for the checksum, entry) of storages."""
+    streamed: list[tuple[int, int, tuple[int, int]]] = field(default_factory=list)
 
     def put(self, data: bytes) -> None:
         self.literals.append((self.at, data))
         self.at += len(data)
 
     def add(self, name: str, content: bytes) -> None:
-        self.header(name, len(content), zlib.crc32(content), aligned=False)
+        self.header(name, len(content), isal_zlib.crc32(content), aligned=False)
         self.put(content)
 
     def add_storage(self, name: str, storage: Storage) -> None:
-        self.header(name, storage.size_bytes, 0, aligned=True)
+        begin = self.at
+        self.header(name, storage.size_bytes, isal_zlib.crc32(storage.data or b""), aligned=True)
         if storage.data is not None:
             self.put(storage.data)
             return
+        if storage.size_bytes:
+            self.unsummed.append((self.at, storage.size_bytes, begin + _LOCAL_CHECKSUM, len(self.entries) - 1))
         if storage.tensor is not None and storage.size_bytes:
             self.segments += cut(storage.tensor, Box.whole(storage.shape), storage.dtype, self.at)
         self.at += storage.size_bytes  # what nothing is written to is zero
@@ -97,6 +137,9 @@ class _Archive:
 
     def finish(self) -> None:
         start = self.at
+        for begin, count, place, index in self.unsummed:
+            central = start + sum(map(len, self.entries[:index])) + _CENTRAL_CHECKSUM
+            self.streamed.append((begin, count, (place, central)))
         entries = b"".join(self.entries)
         self.put(entries)
         count = len(self.entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from orchestrator.checkpoint.formats.deepspeed_universal_target import write_dee
 from orchestrator.checkpoint.formats.torch_archive import Storage, archive
 from orchestrator.checkpoint.formats.torch_pickle import Instance, Tensor
 from orchestrator.checkpoint.stream import Limits, write_files
+from orchestrator.checkpoint.verify import verify_any
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError, Conflict, CorruptCheckpoint, InvalidInput
 from tests.unit.checkpoint.formats import universal_layout as layout
@@ -105,6 +107,21 @@ def test_the_model_file_has_what_deepspeed_and_a_plain_load_need(tmp_path: Path,
         for name in layout.SHAPES:
             assert torch.equal(module[name], layout.expected()[name].bfloat16())
         assert module["tied.weight"].data_ptr() == module["embed.weight"].data_ptr()
+
+
+@STAGES
+def test_every_byte_is_under_a_checksum(tmp_path: Path, stage: int) -> None:
+    layout.write(tmp_path, stage=1, tag="source")
+    write(open_checkpoint(tmp_path / "source"), tmp_path / "target", stage)
+    for file in (tmp_path / "target").rglob("*.pt"):
+        assert zipfile.ZipFile(file).testzip() is None
+    assert verify_any(tmp_path / "target").unproven == 0
+    damaged = tmp_path / "target" / "zero" / "lift" / "exp_avg.pt"
+    data = bytearray(damaged.read_bytes())
+    data[data.index(layout.expected()["lift.exp_avg"].numpy().tobytes())] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=r"lift/exp_avg\.pt is corrupt"):
+        verify_any(tmp_path / "target")
 
 
 def test_tied_names_are_links_to_the_master(tmp_path: Path) -> None:
@@ -299,9 +316,9 @@ def test_archives_of_any_dtype(tmp_path: Path, dtype: str) -> None:
     wanted = torch.arange(6).view(torch.uint8)[:8].view(getattr(torch, dtype))
     names = {"uint16": "U16", "float8_e4m3fn": "F8_E4M3", "int64": "I64", "bool": "BOOL", "complex64": "C64"}
     kind = names[dtype]
-    output = archive("f.pt", [Tensor(0, kind, tuple(wanted.shape)), -1, 2**80, None, "é", {}, []], [
+    file = archive("f.pt", [Tensor(0, kind, tuple(wanted.shape)), -1, 2**80, None, "é", {}, []], [
         Storage(kind, tuple(wanted.shape), data=wanted.view(torch.uint8).numpy().tobytes())])  # fmt: skip
-    write_files(None, tmp_path, [output], limits=Limits(), progress=print, done={}, record=print)  # type: ignore[arg-type]
+    write_files(None, tmp_path, [file.output], limits=Limits(), progress=print, done={}, record=print)  # type: ignore[arg-type]
     found = torch.load(tmp_path / "f.pt", weights_only=True)
     assert found[0].dtype == wanted.dtype and torch.equal(found[0].view(torch.uint8), wanted.view(torch.uint8))
     assert found[1:] == [-1, 2**80, None, "é", {}, []]
@@ -310,8 +327,8 @@ def test_archives_of_any_dtype(tmp_path: Path, dtype: str) -> None:
 def test_archives_of_more_than_four_gigabytes(tmp_path: Path) -> None:
     large = (1 << 30, 4)  # 16 GiB of zeros that take no room
     storages = [Storage("F32", large), Storage("F32", (2,), data=np.array([3, 4], "f4").tobytes())]
-    output = archive("f.pt", {"large": Tensor(0, "F32", large), "small": Tensor(1, "F32", (2,))}, storages)
-    write_files(None, tmp_path, [output], limits=Limits(), progress=print, done={}, record=print)  # type: ignore[arg-type]
+    file = archive("f.pt", {"large": Tensor(0, "F32", large), "small": Tensor(1, "F32", (2,))}, storages)
+    write_files(None, tmp_path, [file.output], limits=Limits(), progress=print, done={}, record=print)  # type: ignore[arg-type]
     found = torch.load(tmp_path / "f.pt", weights_only=True, mmap=True)
     assert found["large"].shape == large and found["large"][-1, -1] == 0
     assert found["small"].tolist() == [3, 4]
