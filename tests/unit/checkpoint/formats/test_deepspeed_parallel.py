@@ -357,3 +357,26 @@ def test_a_layer_without_any_file_is_missed(tmp_path: Path) -> None:
     (folder / "layer_02-model_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"layer_02.*it is missing"):
         open_checkpoint(tmp_path)
+
+
+def test_tensor_parallel_ranks_under_zero_3(tmp_path: Path) -> None:
+    run = Run(1, 2)
+    folder = tmp_path / "step"
+    folder.mkdir()
+    names = run.names(0)
+    frozen = torch.randn(4, 3)
+    for rank in (0, 1):
+
+        def cut(state: str, rank: int = rank) -> dict[str, torch.Tensor]:
+            return {name: run.cuts[state][name][rank].contiguous() for name in names}
+
+        states = {state: cut(state) for state in ("exp_avg", "exp_avg_sq")}
+        made = Model([cut("")], states, torch.bfloat16, info=INFO, frozen={"9.frozen": frozen[2 * rank : 2 * rank + 2]})
+        made.aliases = {"head.weight": EMBEDDING} if rank == 0 else {}
+        made.buffers = {"1.positions": run.buffer}
+        with deepspeed_names():
+            for file, content in contents(made, Layout(3, 3, sub_group=20, mp=rank)).items():
+                torch.save(content, folder / file)
+    view = open_checkpoint(tmp_path)
+    assert_holds(view, run.expected() | {"9.frozen": frozen})
+    assert (view.source, view.aliases, view.frozen) == ("deepspeed zero 3", {"head.weight": EMBEDDING}, {"9.frozen"})
