@@ -113,8 +113,8 @@ class Rules:
                 if rule.padded is not None:
                     rules[-1] = self._without_padding(rule, values)
                     notes.append(
-                        f"The checkpoint does not say {missing.variable}, so that padding beyond it is kept: rules with "
-                        "the number leave it out."
+                        f"The checkpoint does not say {missing.variable}, so that padding beyond it is kept: "
+                        "rules with the number leave it out."
                     )
         return Rules(self.name, tuple(rules), self.names, tuple(dict.fromkeys(notes)))
 

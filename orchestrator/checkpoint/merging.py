@@ -74,7 +74,7 @@ def merge(
         chunks,
         others,
         average=isinstance(pattern, Average) and not scalar,
-        rule=str(rule),
+        rule=str(Replicated() if scalar else rule),
     )
 
 

@@ -68,7 +68,9 @@ def test_variables_get_the_values_of_the_source() -> None:
 def test_padding_of_unknown_size_stays_with_a_note() -> None:
     rules = RULES.filled({"heads": 4, "headDim": 2, "kvHeads": 1})
     assert rules.match("embedding.weight").padded is None
-    assert rules.notes == (r"The checkpoint does not say vocab: what 'embedding\\.weight' matches keeps its padding.",)
+    assert rules.notes == (
+        "The checkpoint does not say vocab, so that padding beyond it is kept: rules with the number leave it out.",
+    )
 
 
 def test_unknown_sections_are_refused_where_they_matter() -> None:

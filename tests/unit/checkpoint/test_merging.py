@@ -183,6 +183,7 @@ def test_scalar_states_and_steps_are_the_same_everywhere(tmp_path: Path) -> None
     for pattern in (Average(), Fragment(0), Unique()):
         out = merged(pattern, steps, "step")
         assert (out.shape, out.others, out.average) == ((1,), (steps[1].chunks,), False)
+        assert out.rule == "the same on every rank: the first rank's copy"
     assert merged(Fragment(0), steps, "exp_avg").shape == (2,)
 
 

@@ -97,7 +97,7 @@ def test_what_is_kept_beside_tensors(tmp_path: Path) -> None:
     assert view.state["grad_scaler"] == {"scale": 4.0}
     assert view.state["iteration"] == 100
     assert view.state["args"]["hidden_size"] == 8
-    assert any("keeps its padding" in note for note in view.notes)
+    assert any("padding beyond it is kept" in note for note in view.notes)
     assert any("_extra_state" in note for note in view.notes)
     assert any("rng_state" in note for note in view.notes)
 
