@@ -122,12 +122,13 @@ def _made(launch: str) -> Path:
     return home
 
 
-def resume(name: str, root: Path, world: int, steps: int = 3) -> list[float]:
+def resume(name: str, root: Path, world: int, steps: int = 3, extra: tuple[str, ...] = ()) -> list[float]:
     """Losses of DeepSpeed going on with the model of run `name` from a universal checkpoint (its own form) at `root`.
 
-    `root` holds `latest_universal`. Raises RuntimeError with what DeepSpeed said when it does not go on.
+    `root` holds `latest_universal`; `extra` are further options of `deepspeed_resume`. Raises RuntimeError with what
+    DeepSpeed said when it does not go on.
     """
-    options = ("--name", name, "--root", str(root), "--steps", str(steps))
+    options = ("--name", name, "--root", str(root), "--steps", str(steps), *extra)
     with tempfile.TemporaryDirectory() as folder:
         printed = _torchrun("deepspeed_resume", world, options, Path(folder) / "log.txt")
     (losses,) = [line.removeprefix("LOSSES ") for line in printed.splitlines() if line.startswith("LOSSES ")]

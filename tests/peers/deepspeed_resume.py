@@ -4,7 +4,10 @@
         --name z1-fp32-w4 --root FOLDER --steps 3
 
 FOLDER holds `latest_universal` and the folder it names. Rank 0 prints `LOSSES [...]`; with `--loaded FILE` it saves the
-live state before the first step. Every world size sees the same examples, so losses are comparable.
+live state before the first step, and beside it as JSON what is not a tensor. With `--module FILE` it first loads what
+that model file has in `module`: DeepSpeed restores neither buffers nor what is not trained. With `--spoiled` its
+learning rates are wrong before the checkpoint is loaded. Every world size sees the same examples, so losses are
+comparable.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--loaded", type=Path)
+    parser.add_argument("--module", type=Path)
+    parser.add_argument("--spoiled", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     get_accelerator().is_fp16_supported = lambda: True
@@ -43,18 +48,28 @@ def main() -> None:
     run = RUNS[given.name]
     torch.manual_seed(99)
     model = models.Net(run)
+    if given.module:
+        model.load_state_dict(torch.load(given.module, weights_only=False)["module"], strict=False)
+    optimizer = models.optimizer(run, model)
+    for group in optimizer.param_groups if given.spoiled else []:
+        group["lr"] *= 10
     settings = configuration(run) | {
         "checkpoint": {"load_universal": True},
         "train_micro_batch_size_per_gpu": ROWS // world,
     }
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=models.optimizer(run, model), config=settings, dist_init_required=False
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     engine.load_checkpoint(str(given.root))
+    for state in engine.optimizer.optimizer.state.values():
+        ordered = dict(sorted(state.items()))  # DeepSpeed restores them in the order of a set, on each rank another
+        state.clear()
+        state.update(ordered)
     if given.loaded:
         live = snapshot(engine)
         if rank == 0:
             save_file(live.tensors, given.loaded)
+            groups = [{key: group[key] for key in ("lr", "weight_decay")} for group in engine.optimizer.param_groups]
+            known = {"scalars": live.scalars, "groups": groups, "global_steps": engine.global_steps}
+            given.loaded.with_suffix(".json").write_text(json.dumps(known))
     losses = []
     for step in range(FIRST_STEP, FIRST_STEP + given.steps):
         tokens, targets = models.batch(0, step, ROWS)
