@@ -12,11 +12,28 @@ RegrowError                 exit code 1
 
 from __future__ import annotations
 
+MAX_MESSAGE = 2000
+"""Characters of a message. Names in it may come from a stranger's file and be of any length."""
+
+
+def printable(text: str) -> str:
+    """The text with what could move a terminal's cursor, or end the line, as escapes such as `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
 
 class RegrowError(Exception):
-    """Root of regrow's own errors; `exit_code` is what a command that ends with it returns."""
+    """Root of regrow's own errors; `exit_code` is what a command that ends with it returns.
+
+    Invariant: as a string it is one line of printable characters, whatever names it mentions.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 500]} ... {text[-490:]}"
 
 
 class InvalidInput(RegrowError):
