@@ -11,6 +11,8 @@ from orchestrator.core.errors import CorruptCheckpoint
 
 LARGEST = 2**63 - 1
 """No count, offset or length in a checkpoint is larger."""
+MAX_DEPTH = 100
+"""Objects and lists of JSON within one another: who walks or writes them does so by recursion."""
 
 
 def corrupt(file: str, reason: str, tensor: str | None = None) -> CorruptCheckpoint:
@@ -38,7 +40,17 @@ def parse_object(text: bytes, file: str) -> Fields:
         raise corrupt(file, f"it is not JSON ({type(error).__name__}: {str(error)[:200]})") from error
     if not isinstance(data, dict):
         raise corrupt(file, f"it holds a {type(data).__name__} where an object is expected")
+    if _deep(data):
+        raise corrupt(file, f"its values are nested more than {MAX_DEPTH} deep")
     return Fields(data, file)
+
+
+def _deep(data: dict[str, Any]) -> bool:
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        members = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [member for some in members for member in some if isinstance(member, dict | list)]
+    return bool(level)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

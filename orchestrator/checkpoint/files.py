@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -70,11 +72,23 @@ def read_blocks(files: Files, file: str, begin: int, end: int, block_bytes: int 
         begin += piece.nbytes
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor to read the file; raises `OSError` for what is no regular file, without waiting for it.
+
+    A stranger's checkpoint may hold a pipe, on which opening waits for ever, or a link to a device, which never ends.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return descriptor
+
+
 class _Handle:
     """An open file, closed when nobody uses it any more."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = open_regular(path)
         self.mapped: mmap.mmap | None = None
 
     def __del__(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.checkpoint.fields import corrupt
+from orchestrator.checkpoint.files import open_regular
 from orchestrator.checkpoint.layout import Chunk, LogicalTensor
 from orchestrator.checkpoint.manifest import (
     MANIFEST,
@@ -95,7 +96,7 @@ def _first_beyond(part: PartManifest, size_bytes: int) -> str | None:
 
 def _read(file: Path) -> bytes:
     try:
-        with file.open("rb") as stream:
+        with os.fdopen(open_regular(file), "rb") as stream:
             if os.fstat(stream.fileno()).st_size > MAX_MANIFEST_BYTES:
                 raise corrupt(_label(file), f"it is larger than {MAX_MANIFEST_BYTES} bytes")
             return stream.read()

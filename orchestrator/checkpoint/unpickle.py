@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import codecs
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_MEMO = 1 << 24
 """Values a pickle may refer back to."""
+MAX_DEPTH = 200
+"""Containers within one another: who walks the value may do so by recursion."""
 
 
 class PickleError(ValueError):
@@ -66,11 +68,41 @@ def unpickle(
     """
     machine = _Machine(bytes(data), persistent, _PLAIN | (builders or {}))
     try:
-        return machine.run()
+        value = machine.run()
+        _require_tree(value, 4 * len(data) + 1024)
+        return value
     except PickleError:
         raise
     except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError, OverflowError) as error:
         raise PickleError(f"byte {machine.at}: {type(error).__name__} ({str(error)[:100]})") from error
+
+
+def _require_tree(value: Any, most_items: int) -> None:
+    """Refuse what is endless or huge to walk: containers in themselves, or shared so often that few bytes stand for
+    ever more items.
+    """
+    level, items, depth = [value], 0, 0
+    while level:
+        depth += 1
+        inner: list[Any] = []
+        for one in level:
+            for members in _members(one):
+                items += len(members)
+                if items > most_items or depth > MAX_DEPTH:
+                    raise PickleError(f"its values are nested more than {MAX_DEPTH} deep, or shared too often")
+                inner += [member for member in members if isinstance(member, _CONTAINERS)]
+        level = inner
+
+
+_CONTAINERS = (list, tuple, dict, set, frozenset, Record)
+
+
+def _members(value: Any) -> tuple[Collection[Any], ...]:
+    if isinstance(value, Record):
+        return value.args, (value.state,), value.items, value.pairs.keys(), value.pairs.values()
+    if isinstance(value, dict):
+        return value.keys(), value.values()
+    return (value,) if isinstance(value, _CONTAINERS) else ()
 
 
 def _encoded(text: Any, encoding: Any = "utf-8") -> bytes:

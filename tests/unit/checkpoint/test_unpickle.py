@@ -122,3 +122,19 @@ def test_random_bytes_raise_nothing_else() -> None:
             unpickle(source.randbytes(source.randrange(1, 60)))
         except PickleError:
             continue
+
+
+def test_values_that_never_end_are_refused() -> None:
+    cyclic: list[object] = []
+    cyclic.append(cyclic)
+    shared: list[object] = [0]
+    for _ in range(60):
+        shared = [shared, shared]
+    wide = [list(range(1000))] * 1000
+    deep: list[object] = []
+    for _ in range(300):
+        deep = [deep]
+    for value in (cyclic, shared, wide, deep, {"a": cyclic}, {"a": (deep,)}):
+        with pytest.raises(PickleError, match="nested more than 200 deep, or shared too often"):
+            unpickle(pickle.dumps(value, 2))
+    assert unpickle(pickle.dumps([[1, 2]] * 3, 2)) == [[1, 2]] * 3
