@@ -58,6 +58,11 @@ class Naming:
         for optimizer, prefix in zip(self.optimizers, prefixes, strict=True):
             self._add_optimizer(optimizer, prefix)
         self._report_frozen(frozen)
+        if not self.tensors:
+            raise CheckpointError(
+                f"{self.label} holds no tensors of its own: save with a planner that flattens state dicts, as torch's "
+                "does unless it is told otherwise"
+            )
         state: dict[str, Any] = self._state()
         if self.groups:
             state["param_groups"] = self.groups

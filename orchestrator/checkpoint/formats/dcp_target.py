@@ -24,6 +24,14 @@ from orchestrator.checkpoint.target import partial
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
 
+NEUTRAL: dict[str, Any] = {
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+    "maximize": False,
+}
+"""How torch's optimizers do their work, where a source does not say: as they would by themselves."""
 FILE_BYTES = 4 << 30
 """A data file is not begun anew before it has this size."""
 CHUNK_BYTES = 64 << 20
@@ -171,7 +179,7 @@ def _chunk(box: Box) -> Any:
 
 def _lay_out(view: UniversalView) -> _Layout:
     layout = _Layout()
-    for path, value in values(view):
+    for path, value in (*values(view), *_neutral_settings(view)):
         layout.add_value(path, value)
     for path, name in tensors(view):
         layout.add_tensor(path, view.tensors[name])
@@ -198,6 +206,16 @@ def values(view: UniversalView) -> Iterator[tuple[KeyPath, Any]]:
             yield ("optim", "param_groups", index, key), as_torch(key, value)
     rest = {key: value for key, value in view.state.items() if key != "param_groups"}
     yield from flatten(rest)
+
+
+def _neutral_settings(view: UniversalView) -> Iterator[tuple[KeyPath, Any]]:
+    """Settings that torch's optimizers ask for and the source does not know, with the values that change nothing."""
+    states = {tensor.state for tensor in view.tensors.values()}
+    neutral = NEUTRAL | ({"amsgrad": False} if "exp_avg_sq" in states and "max_exp_avg_sq" not in states else {})
+    for index, group in enumerate(view.state.get("param_groups", [])):
+        for key, value in neutral.items():
+            if key not in group:
+                yield ("optim", "param_groups", index, key), value
 
 
 def as_torch(setting: str, value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +267,21 @@ def test_a_damaged_archive_is_not_taken_for_one_of_its_shape(tmp_path: Path) -> 
     read(view, "w0")
     with pytest.raises(CorruptCheckpoint, match="at tensor w2"):
         read(view, "w2")
+
+
+def test_nothing_that_is_a_tensor_is_an_error(tmp_path: Path) -> None:
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    save({"model": {"w": torch.ones(3)}}, tmp_path, planner=planner)
+    with pytest.raises(CheckpointError, match="holds no tensors of its own: save with a planner that flattens"):
+        opened(tmp_path)
+
+
+def test_reading_does_not_import_torch(tmp_path: Path) -> None:
+    """Its import takes longer than most conversions."""
+    weights, states = get_state_dict(*trained())
+    save({"model": weights, "optim": states}, tmp_path)
+    program = (
+        "import sys; from orchestrator.checkpoint.formats import open_checkpoint;"
+        f"view = open_checkpoint({str(tmp_path)!r}, source='dcp'); assert view.step == 2 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -74,6 +74,19 @@ def test_torch_loads_weights_moments_steps_and_settings(tmp_path: Path, view: Un
     assert state["scheduler"] == view.state["scheduler"]
 
 
+def test_settings_that_only_torch_knows_are_added(tmp_path: Path, view: UniversalView) -> None:
+    """Of a source that another framework wrote, or that keeps no empty values."""
+    model, optimizer = trained(steps=3)
+    for group in view.state["param_groups"]:
+        for key in (*dcp_target.NEUTRAL, "amsgrad"):
+            del group[key]
+    write_dcp(view, tmp_path / "target", memory_bytes=MEMORY_BYTES, progress=silent)
+    weights, states = get_state_dict(model, optimizer)
+    state = {"model": weights, "optim": states}
+    load(state, tmp_path / "target")
+    assert state["optim"]["param_groups"] == get_state_dict(*trained())[1]["param_groups"]
+
+
 def test_it_reads_back_as_the_same_view(tmp_path: Path, view: UniversalView, monkeypatch: pytest.MonkeyPatch) -> None:
     """In small chunks over several files."""
     monkeypatch.setattr(dcp_target, "CHUNK_BYTES", 64)
