@@ -134,11 +134,12 @@ def open_blob(files: Files, file: str, begin: int, count: int) -> StoredTensor:
 
 def check_records(
     files: Files, file: str, begin: int, count: int, wanted: Mapping[int, str] | None = None
-) -> int | None:
-    """Compare the records of an archive with their CRC-32; returns the bytes compared, None where it is no archive.
+) -> tuple[int, int] | None:
+    """Compare the records of an archive with their CRC-32; None where it is no archive.
 
-    With `wanted` (byte of the file -> tensor) only the records that hold one of these bytes. Raises `CorruptCheckpoint`
-    naming the record that differs, and a tensor in it.
+    Returns the bytes compared, and those of records that were written without (as under `set_crc32_options(False)`,
+    which leaves zero in its place). With `wanted` (byte of the file -> tensor) only the records that hold one of these
+    bytes. Raises `CorruptCheckpoint` naming the record that differs, and a tensor in it.
     """
     if count < 4 or not _starts_with(files, file, b"PK\x03\x04", begin):
         return None
@@ -148,7 +149,7 @@ def check_records(
     except (zipfile.BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError, ValueError, EOFError) as error:
         raise corrupt(files.label(file), f"it is not a torch.save archive ({str(error)[:100]})") from error
     positions = sorted(wanted or ())
-    checked = 0
+    checked = unproven = 0
     for start, entry in ranges:
         index = bisect.bisect_left(positions, start)
         inside = index < len(positions) and positions[index] < start + entry.file_size
@@ -157,11 +158,14 @@ def check_records(
         found = 0
         for block in read_blocks(files, file, start, start + entry.file_size):
             found = isal_zlib.crc32(block, found)
+        if not entry.CRC and found:
+            unproven += entry.file_size
+            continue
         if found != entry.CRC:
             tensor = wanted[positions[index]] if wanted and inside else None
             raise corrupt(files.label(file), f"record {entry.filename} does not match its CRC-32", tensor)
         checked += entry.file_size
-    return checked
+    return checked, unproven
 
 
 def read_safetensors(
@@ -258,7 +262,10 @@ class _Archive:
         order = self.entries.get(f"{self.prefix}byteorder")
         if order is not None and self._content(order, 16) != b"little":
             raise ValueError("its byte order is not little-endian")
-        data = self._content(self.entries[f"{self.prefix}data.pkl"], MAX_METADATA_BYTES)
+        entry = self.entries[f"{self.prefix}data.pkl"]
+        data = self._content(entry, MAX_METADATA_BYTES)
+        if entry.CRC and isal_zlib.crc32(data) != entry.CRC:
+            raise corrupt(self.files.label(self.file), f"record {entry.filename[:100]} does not match its CRC-32")
         return unpickle(data, self._storage, self._builders())
 
     def _content(self, entry: zipfile.ZipInfo, limit: int) -> bytes:

@@ -189,10 +189,8 @@ def _check_foreign(
     """(bytes under a checksum, bytes without)."""
     file, begin, count = place
     end = files.size(file) if count is None else begin + count
-    proven = check_records(files, file, begin, end - begin, wanted if count is None else None)
-    if proven is None:
-        read = sum(block.nbytes for block in read_blocks(files, file, begin, end))
-        progress(read)
-        return 0, read
-    progress(proven)
-    return proven, 0
+    counts = check_records(files, file, begin, end - begin, wanted if count is None else None)
+    if counts is None:
+        counts = 0, sum(block.nbytes for block in read_blocks(files, file, begin, end))
+    progress(sum(counts))
+    return counts

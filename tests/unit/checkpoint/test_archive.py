@@ -154,13 +154,28 @@ def test_a_flipped_bit_is_found_by_the_crc(tmp_path: Path) -> None:
     torch.save(BASE, tmp_path / "a.pt")
     files = LocalFiles(tmp_path)
     size = (tmp_path / "a.pt").stat().st_size
-    assert check_records(files, "a.pt", 0, size) == size
+    counts = check_records(files, "a.pt", 0, size)
+    assert counts is not None
+    assert counts[0] >= BASE.nbytes
+    assert counts[1] == 0
     begin = load_archive(files, "a.pt").begin
     with (tmp_path / "a.pt").open("r+b") as file:
         file.seek(begin + 17)
         file.write(b"\x55")
     with pytest.raises(CorruptCheckpoint, match=r"record .*data/0 does not match its CRC-32"):
         check_records(files, "a.pt", 0, size)
+
+
+def test_an_archive_without_checksums_is_read_but_not_proven(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(BASE, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    counts = check_records(LocalFiles(tmp_path), "a.pt", 0, (tmp_path / "a.pt").stat().st_size)
+    assert counts is not None
+    assert counts[0] == 0
+    assert counts[1] >= BASE.nbytes
 
 
 @pytest.mark.parametrize("step", [7, 64, 301])
@@ -213,3 +228,11 @@ def test_safetensors_of_another_writer(tmp_path: Path) -> None:
     tensors, metadata = read_safetensors(files, "a.safetensors")
     assert metadata == {"k": "v"}
     assert np.frombuffer(read(files, tensors["a"]), np.float32).tolist() == BASE.reshape(-1).tolist()
+
+
+def test_a_flipped_bit_among_the_names_is_found_by_the_crc(tmp_path: Path) -> None:
+    torch.save({"first": torch.ones(3)}, tmp_path / "x.pt")
+    data = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(data.replace(b"first", b"fir3t"))
+    with pytest.raises(CorruptCheckpoint, match=r"record x/data.pkl does not match its CRC-32"):
+        load_archive(LocalFiles(tmp_path), "x.pt")
