@@ -135,12 +135,8 @@ def partial(target: Path) -> Iterator[Partial]:
         raise Conflict(f"{target} exists already: give a folder that does not exist, or remove it")
     directory = target.parent / f".{target.name}.partial"
     try:
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{target} cannot be made because {target.parent} does not exist: create that first"
-        ) from error
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be made ({error.strerror}): give a folder that can be written"

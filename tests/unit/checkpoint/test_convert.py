@@ -245,8 +245,11 @@ def test_a_target_that_exists_or_is_being_made(tmp_path: Path) -> None:
         write_universal(view, tmp_path / "out", limits=SMALL, progress=ignore)
     with targets.partial(tmp_path / "other"), pytest.raises(Conflict, match="being written by another process"):
         write_universal(view, tmp_path / "other", limits=SMALL, progress=ignore)
-    with pytest.raises(CheckpointError, match="create that first"):
-        write_universal(view, tmp_path / "no" / "other", limits=SMALL, progress=ignore)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        write_universal(view, tmp_path / "file" / "other", limits=SMALL, progress=ignore)
+    write_universal(view, tmp_path / "new" / "other", limits=SMALL, progress=ignore)
+    assert verify_any(tmp_path / "new" / "other").tensors == len(view.tensors)
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,3 +294,11 @@ def test_every_flipped_bit_of_a_universal_checkpoint_is_found(
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"is corrupt|known format"):
         verify_any(tmp_path / "a")
+
+
+def test_a_universal_checkpoint_without_its_description_is_not_taken_for_bare_weights(tmp_path: Path) -> None:
+    write_universal(sample(tmp_path / "source"), tmp_path / "made", limits=Limits(), progress=lambda count: None)
+    (tmp_path / "made" / "universal.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"made/universal\.json is corrupt: it is missing"):
+        open_checkpoint(tmp_path / "made")
+    assert "embedding" in open_checkpoint(tmp_path / "made", source="huggingface").tensors
