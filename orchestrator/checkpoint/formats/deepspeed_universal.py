@@ -297,6 +297,8 @@ class _Source:
         for name in self.states:
             if name not in known and VALUE in self.states[name]:
                 self._add(name, None)
+        if not self.models:  # they alone know what is frozen, tied or a buffer
+            raise corrupt(self.files.label(f"{self.folder}mp_rank_00_model_states.pt"), "it is missing")
         default = self._training_dtype()
         for one in self.parameters.values():
             if one.kind == "parameter" and one.training_dtype is None:

@@ -31,6 +31,7 @@ from orchestrator.core.errors import CheckpointError
 NAME = "universal"
 DESCRIPTION = "universal.json"
 """Name of the file that makes a folder a universal checkpoint."""
+OPTIMIZER_INDEX = "optimizer.safetensors.index.json"
 FORMAT = "regrow-universal"
 VERSION = 1
 SHARD_BYTES = 5 << 30
@@ -151,8 +152,11 @@ def _dump(body: dict[str, Any]) -> bytes:
 
 
 def recognise(files: Files) -> bool:
-    """Whether the folder has a `universal.json`."""
-    return DESCRIPTION in files.names()
+    """Whether the folder has a `universal.json`, or the optimizer's index that is only ever written beside one.
+
+    Without either it is what Hugging Face's tools take it for: weights.
+    """
+    return not files.names().isdisjoint((DESCRIPTION, OPTIMIZER_INDEX))
 
 
 def open_files(files: Files, reading: Reading) -> UniversalView:
