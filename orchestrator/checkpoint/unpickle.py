@@ -102,7 +102,7 @@ def _members(value: Any) -> tuple[Collection[Any], ...]:
         return value.args, (value.state,), value.items, value.pairs.keys(), value.pairs.values()
     if isinstance(value, dict):
         return value.keys(), value.values()
-    return (value,) if isinstance(value, _CONTAINERS) else ()
+    return (value,) if isinstance(value, list | tuple | set | frozenset) else ()
 
 
 def _encoded(text: Any, encoding: Any = "utf-8") -> bytes:
