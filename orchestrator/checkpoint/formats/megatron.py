@@ -22,6 +22,7 @@ NAME = "Megatron-LM checkpoint"
 TRACKER = "latest_checkpointed_iteration.txt"
 _RANK_FILE = re.compile(r"((?:.*/)?)mp_rank_\d{2,}(?:_\d{3,}){0,2}/model_optim_rng\.pt")
 _COMMON_FILE = re.compile(r"((?:.*/)?)common\.pt")
+_DESCRIPTION_FILE = re.compile(r"((?:.*/)?)metadata\.json")
 _ITERATION = re.compile(r"iter_(\d{1,18})")
 
 
@@ -43,7 +44,13 @@ def _folders(files: Files) -> set[str]:
     names = files.names()
     ranks = {match[1] for name in names if (match := _RANK_FILE.fullmatch(name))}
     common = {match[1] for name in names if (match := _COMMON_FILE.fullmatch(name))}
+    # What `common.pt` says is missed when it is read: without it the folder is Megatron's by the file beside it.
+    common |= {match[1] for name in names if (match := _DESCRIPTION_FILE.fullmatch(name)) and _is_ours(files, name)}
     return ranks | {folder for folder in common if folder + METADATA in names}
+
+
+def _is_ours(files: Files, name: str) -> bool:
+    return files.size(name) < 4096 and b"sharded_backend" in read_whole(files, name)
 
 
 def _chosen(files: Files, tag: str | None) -> str:

@@ -95,12 +95,12 @@ def slice_of(model: Model, name: str, whole: torch.Tensor, rank: int, size: int)
     owner, _, last = name.rpartition(".")
     module = owner.rpartition(".")[2]
     if module in ("linear_proj", "dense", "linear_fc2", "dense_4h_to_h"):
-        return whole.chunk(size, 1)[rank].contiguous() if last == "weight" else whole
+        return whole.chunk(size, 1)[rank].clone() if last == "weight" else whole
     if module in ("linear_fc1", "dense_h_to_4h") and model.kind != "gpt":
         gate, up = whole.chunk(2, 0)
         return torch.cat([gate.chunk(size, 0)[rank], up.chunk(size, 0)[rank]])
     if module in ("linear_qkv", "query_key_value", "linear_fc1", "dense_h_to_4h", "word_embeddings", "output_layer"):
-        return whole.chunk(size, 0)[rank].contiguous()
+        return whole.chunk(size, 0)[rank].clone()
     return whole
 
 

@@ -114,3 +114,11 @@ def test_states_in_buckets_are_refused(tmp_path: Path) -> None:
     bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0.param"
     with pytest.raises(CheckpointError, match="in the order of communication buckets"):
         open_checkpoint(changed(tmp_path, lambda one: _rename(one, AVERAGE, bucket)))
+
+
+def test_without_its_common_file_it_is_not_taken_for_a_plain_distributed_checkpoint(tmp_path: Path) -> None:
+    folder = write(DistJob(Model(layers=2)), tmp_path)
+    (folder / "common.pt").unlink()
+    for place in (tmp_path, folder):
+        with pytest.raises(CorruptCheckpoint, match=r"iter_0000100/common\.pt is corrupt: it is missing"):
+            open_checkpoint(place)
