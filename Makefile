@@ -1,8 +1,10 @@
 # Few words; each works on a fresh clone. Everything is installed into .venv, at the versions of constraints.txt.
-.PHONY: setup demo test test-faults test-peers lint bench clean
+.PHONY: setup demo test test-faults test-peers fuzz lint bench clean
 
 PYTHON ?= python3
 COUNT ?= 10
+CASES ?= 100000
+SEED := $(or $(SEED),$(shell date +%s))
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -26,6 +28,10 @@ test-faults: setup  ## break whole clusters, every way COUNT times in a row
 
 test-peers: setup  ## compare with real runs of DeepSpeed; the first time installs it beside regrow and makes the runs
 	$(BIN)/python -m pytest -m peer
+
+fuzz: setup  ## damage checkpoints of every format CASES times, each time in other ways
+	@echo "the same cases again: make fuzz CASES=$(CASES) SEED=$(SEED)"
+	REGROW_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest tests/fuzz --hypothesis-seed=$(SEED) --timeout 0
 
 lint: setup
 	$(BIN)/ruff check .
