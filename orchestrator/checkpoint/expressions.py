@@ -6,8 +6,10 @@ Both may come out of a stranger's checkpoint, so neither can run code or run for
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from orchestrator.core.errors import CheckpointError
 
@@ -15,8 +17,11 @@ MAX_PATTERN = 1000
 """Characters of a regular expression or template."""
 MAX_REPEATS = 4
 """Unbounded repeats in one regular expression: matching takes at most (length of the name) to this power."""
+MAX_STEPS = 3_000_000
+"""Ways in which one expression may have to be laid over one name: a few hundredths of a second."""
 LARGEST = 2**63 - 1
 
+_UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _TOKEN = re.compile(r"\s*(?:(\d{1,19})|([A-Za-z_]\w*)|([-+*/%()]))")
 
@@ -29,8 +34,36 @@ class Unknown(CheckpointError):
         self.variable = variable
 
 
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A regular expression that is matched only against names that are short enough for it."""
+
+    regular: re.Pattern[str]
+    ways: int
+    """Ways to choose among its alternatives, options and bounded repeats."""
+    repeats: int
+    """Its unbounded repeats."""
+
+    def match(self, name: str) -> re.Match[str] | None:
+        """As `re.Pattern.match`; raises `CheckpointError` for a name for which it may take for ever."""
+        self._require_short(name)
+        return self.regular.match(name)
+
+    def fullmatch(self, name: str) -> re.Match[str] | None:
+        """As `re.Pattern.fullmatch`; raises `CheckpointError` for a name for which it may take for ever."""
+        self._require_short(name)
+        return self.regular.fullmatch(name)
+
+    def _require_short(self, name: str) -> None:
+        if self.ways * math.comb(len(name) + self.repeats, self.repeats) > MAX_STEPS:
+            raise CheckpointError(
+                f"the pattern {self.regular.pattern!r} may take for ever to match {name[:100]!r} of {len(name)} "
+                "characters: write a simpler one"
+            )
+
+
 @functools.lru_cache(maxsize=4096)
-def compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str) -> Expression:
     """The regular expression; raises `CheckpointError` for one that is invalid or may take for ever to match."""
     if len(pattern) > MAX_PATTERN:
         raise CheckpointError(f"the pattern {pattern[:50]!r}... has {len(pattern)} characters: write a shorter one")
@@ -38,19 +71,41 @@ def compiled(pattern: str) -> re.Pattern[str]:
         found = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise CheckpointError(f"the pattern {pattern!r} is not a regular expression ({error}): correct it") from error
-    reason = _slow(pattern)
-    if reason is not None:
-        raise CheckpointError(f"the pattern {pattern!r} may take for ever to match ({reason}): write a simpler one")
-    return found
-
-
-def _slow(pattern: str) -> str | None:
-    """Why a backtracking matcher may need exponential time; None when it cannot."""
     plain = re.sub(r"\\.", "_", pattern, flags=re.DOTALL)
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "_", plain)
+    ways = _ways(plain)
+    reason = _slow(pattern, plain) or (f"it has {ways} ways to match" if ways > MAX_STEPS else None)
+    if reason is not None:
+        raise CheckpointError(f"the pattern {pattern!r} may take for ever to match ({reason}): write a simpler one")
+    return Expression(found, ways, len(re.findall(_UNBOUNDED, plain)))
+
+
+def _ways(plain: str) -> int:
+    """In how many ways its alternatives, options and bounded repeats can be chosen, at most."""
+    open_groups = [[0, 1]]  # the alternatives that are complete, and the one that is being read
+    for at, character in enumerate(plain):
+        now = open_groups[-1]
+        if character == "(":
+            open_groups.append([0, 1])
+        elif character == "|":
+            now[:] = [sum(now), 1]
+        elif character == ")" and len(open_groups) > 1:
+            open_groups.pop()
+            open_groups[-1][1] *= sum(now)
+        elif character == "?" and plain[at - 1 : at] not in ("(", "*", "+", "?", "}"):
+            now[1] *= 2
+        elif bounds := re.compile(r"\{(\d*),(\d+)\}").match(plain, at):
+            now[1] *= max(1, int(bounds[2][:9]) - int(bounds[1][:9] or 0) + 1)
+        if now[1] > MAX_STEPS:
+            return now[1]
+    return sum(sum(group) for group in open_groups)
+
+
+def _slow(pattern: str, plain: str) -> str | None:
+    """Why a backtracking matcher may need exponential time; None when it cannot."""
     if re.search(r"\(\?P=|\\[1-9]", pattern):
         return "it refers back to a group"
-    unbounded = len(re.findall(r"[*+]|\{\d*,\}", plain))
+    unbounded = len(re.findall(_UNBOUNDED, plain))
     if unbounded > MAX_REPEATS:
         return f"it has {unbounded} unbounded repeats"
     ambiguous = [False]  # per open group: whether it can match one text in several ways
