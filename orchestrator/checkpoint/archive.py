@@ -56,6 +56,8 @@ _STORAGES = {
     "Float8_e5m2Storage": "F8_E5M2",
 }
 _LOCAL_HEADER_BYTES = 30
+MAX_REPEATED_BYTES = 16 << 20
+"""Of all expanded tensors of an archive: a small file must not stand for a huge checkpoint."""
 _PLAIN_TENSORS = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _PLAIN_BUILDERS = (
     "torch._utils._rebuild_tensor",
@@ -257,6 +259,7 @@ class _Archive:
             raise ValueError("it has no data.pkl")
         self.prefix = pickles[0][: -len("data.pkl")]
         self.storages: dict[str, _Storage] = {}
+        self.repeated_bytes = 0
 
     def load(self) -> Any:
         order = self.entries.get(f"{self.prefix}byteorder")
@@ -331,6 +334,13 @@ class _Archive:
             raise PickleError(
                 f"a tensor of shape {list(shape)} reaches beyond its storage of {storage.size_bytes} bytes"
             )
+        size_bytes = math.prod(shape) * item
+        if size_bytes > storage.size_bytes:  # the same elements again and again, by strides of 0
+            self.repeated_bytes += size_bytes
+            if self.repeated_bytes > MAX_REPEATED_BYTES:
+                raise PickleError(
+                    f"a tensor of shape {list(shape)[:8]} repeats a storage of {storage.size_bytes} bytes too often"
+                )
         plain = empty or is_row_major(shape, strides)
         begin = storage.begin if empty else storage.begin + offset * item
         return StoredTensor(self.file, begin, storage.dtype, shape, None if plain else strides)

@@ -236,3 +236,13 @@ def test_a_flipped_bit_among_the_names_is_found_by_the_crc(tmp_path: Path) -> No
     (tmp_path / "x.pt").write_bytes(data.replace(b"first", b"fir3t"))
     with pytest.raises(CorruptCheckpoint, match=r"record x/data.pkl does not match its CRC-32"):
         load_archive(LocalFiles(tmp_path), "x.pt")
+
+
+def test_expanded_tensors_are_read_but_do_not_make_a_small_file_huge(tmp_path: Path) -> None:
+    torch.save({"mask": torch.ones(1).expand(5, 100)}, tmp_path / "x.pt")
+    files = LocalFiles(tmp_path)
+    assert read(files, load_archive(files, "x.pt")["mask"]) == expected(torch.ones(5, 100))
+    for shape in ((1 << 40,), (1 << 20, 1 << 20), (1 << 12, 1 << 12, 3)):
+        torch.save({"mask": torch.ones(1).expand(shape)}, tmp_path / "y.pt")
+        with pytest.raises(CorruptCheckpoint, match=r"y\.pt is corrupt.* repeats a storage of 4 bytes too often"):
+            load_archive(files, "y.pt")
