@@ -228,7 +228,9 @@ def test_a_drained_node_is_left_without_losing_a_step(submit: Submit, undisturbe
     assert run.post("nodes/node-1/drain") == 202
     status = recovered(run, undisturbed)
     (incident,) = status.incidents
-    assert (incident.cause, incident.to_nodes, incident.lost_steps) == ("node-1 drained by order", 3, 0)
+    # On a machine so busy that other nodes miss heartbeats meanwhile, the cause tells of these, too.
+    assert incident.cause.startswith("node-1 drained by order")
+    assert (incident.to_nodes, incident.lost_steps) == (3, 0)
 
 
 def jobargs(options: JobOptions) -> list[str]:
