@@ -125,7 +125,8 @@ class _Source:
         """The optimizer files of one model-parallel rank; returns the number of its data-parallel ranks."""
         present = {dp: file for (rank, dp), file in self.found.optimizers.items() if rank == mp}
         if not present:
-            if self.found.optimizers or self.partitioned:
+            # DeepSpeed writes down shapes only where ZeRO keeps the masters in files of their own.
+            if self.found.optimizers or self.partitioned or model.find("param_shapes") is not None:
                 raise self._missing(f"zero_pp_rank_0_mp_rank_{mp:02d}_optim_states.pt")
             return 1
         first = self._optimizer(present[min(present)])

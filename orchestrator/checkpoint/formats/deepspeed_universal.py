@@ -177,8 +177,12 @@ class _Source:
         self.ranks = self.models[:1]
         if self.partitioned and self.models and self._is_cut(self.models[0]):
             self.ranks += [self.archive(file) for file in others]
+        for rank, at in enumerate(sorted(firsts)):
+            if rank != at:
+                raise corrupt(self.files.label(f"{self.folder}mp_rank_{rank:02d}_model_states.pt"), "it is missing")
         for model in self.models:
-            model.mapping()
+            if model.mapping().keys().isdisjoint(("module", "param_shapes")):
+                raise model.fail("holds neither module nor param_shapes, so that it is no model file")
             groups = model.find("param_shapes")
             self.shapes.append([] if groups is None else [_shapes(group) for group in groups.items()])
 

@@ -102,6 +102,14 @@ def test_model_files_are_missed_where_something_is_lost(tmp_path: Path) -> None:
     assert_holds(open_checkpoint(tmp_path / "plain"), made.expected())
 
 
+def test_masters_that_zero_keeps_in_files_of_their_own_are_missed(tmp_path: Path) -> None:
+    """Not read as the rounded weights of the model file."""
+    folder = save(tmp_path, rich(), Layout(1, 2))
+    for rank in range(2):
+        (folder / OPTIMIZER.format(rank)).unlink()
+    refused(tmp_path, "zero_pp_rank_0_mp_rank_00_optim_states.pt is corrupt: it is missing")
+
+
 def test_files_of_an_older_larger_save_are_passed_over_and_noted(tmp_path: Path) -> None:
     made = rich()
     save(tmp_path, rich(), Layout(1, 4))

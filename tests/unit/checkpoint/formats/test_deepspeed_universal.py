@@ -262,3 +262,14 @@ def test_damaged_groups_are_named(tmp_path: Path, stage: int, wrong: Any) -> Non
     torch.save(torch.load(file, weights_only=True) | {"param_groups": wrong}, file)
     with pytest.raises(CorruptCheckpoint, match=r"optimizer_state\.pt is corrupt"):
         open_checkpoint(tmp_path)
+
+
+def test_model_files_are_those_of_all_ranks_and_hold_models(tmp_path: Path) -> None:
+    folder = layout.write(tmp_path, stage=1)
+    shutil.copy(folder / "mp_rank_00_model_states.pt", folder / "mp_rank_02_model_states.pt")
+    with pytest.raises(CorruptCheckpoint, match=r"mp_rank_01_model_states\.pt is corrupt: it is missing"):
+        open_checkpoint(tmp_path)
+    (folder / "mp_rank_02_model_states.pt").unlink()
+    shutil.copy(folder / "zero" / "optimizer_state.pt", folder / "mp_rank_00_model_states.pt")
+    with pytest.raises(CorruptCheckpoint, match=r"mp_rank_00_model_states\.pt is corrupt: .* is no model file"):
+        open_checkpoint(tmp_path)
