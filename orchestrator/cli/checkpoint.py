@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from orchestrator.cli.options import Json
+from orchestrator.core.errors import printable
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.difference import Difference
@@ -117,7 +118,7 @@ def convert(
         return
     print(f"{target}: {done.tensors} tensors of {done.source}, {done.bytes} bytes in {done.seconds:.2f} s")
     for note in done.notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
 
 
 @app.command
@@ -284,6 +285,7 @@ def _show(view: UniversalView, rules: bool) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("tensor", "kind", "dtype", "shape", "chunks", *(("rule",) if rules else ())):
@@ -292,7 +294,8 @@ def _show(view: UniversalView, rules: bool) -> None:
         shape = " x ".join(map(str, one.shape)) or "scalar"
         kind = "frozen" if one.name in view.frozen else one.kind
         rule = (one.rule or "whole",) if rules else ()
-        table.add_row(one.name, kind, one.dtype, shape, str(len(one.chunks)), *rule)
+        cells = (one.name, kind, one.dtype, shape, str(len(one.chunks)), *rule)
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # brackets in names are no markup
     size_bytes = sum(one.size_bytes for one in view.tensors.values())
     of = f" of generation {view.generation}" if view.generation else ""
     print(
@@ -300,9 +303,9 @@ def _show(view: UniversalView, rules: bool) -> None:
     )
     Console().print(table)
     for alias, name in view.aliases.items():
-        print(f"{alias} is tied to {name}")
+        print(printable(f"{alias} is tied to {name}"))
     for note in view.notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
 
 
 def _difference(found: Difference) -> dict[str, Any]:
@@ -326,11 +329,11 @@ def _difference(found: Difference) -> dict[str, Any]:
 def _show_difference(found: Difference, a: UniversalView, b: UniversalView, *, everything: bool) -> None:
     for view, names in ((a, found.only_a), (b, found.only_b)):
         for name in names:
-            print(f"{name}: only in {view.files.location}")
+            print(printable(f"{name}: only in {view.files.location}"))
     for line in found.described:
-        print(line)
+        print(printable(line))
     for one in found.tensors:
         if everything or not one.same:
-            print(f"{one.name}: {one.words}")
+            print(printable(f"{one.name}: {one.words}"))
     same = sum(one.same for one in found.tensors)
     print(f"{same} of {len(found.tensors)} common tensors are equal, value by value")
