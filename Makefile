@@ -21,7 +21,7 @@ demo: setup  ## lose a node, get it back, and compare with a run that was left a
 	$(BIN)/regrow run deploy/examples/gpt/job.yaml --nodes 4 --fail "node-2@step=40" --return "node-2@step=80" --compare
 
 test: setup
-	$(BIN)/python -m pytest -m "not fault and not peer"
+	$(BIN)/python -m pytest -m "not fault and not peer" -n 2 --dist loadfile
 
 test-faults: setup  ## break whole clusters, every way COUNT times in a row
 	$(BIN)/python -m pytest -m fault --count $(COUNT)
