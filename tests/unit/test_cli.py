@@ -132,7 +132,7 @@ def test_other_errors_have_their_own_exit_code(
     assert "no controller answers" in failed(capsys, 6, "status", "--url", "http://127.0.0.1:1")
     assert "is no address" in failed(capsys, 2, "status", "--url", "http://[")
     assert "holds no checkpoint of a known format" in failed(capsys, 3, "checkpoint", "verify", str(job.parent))
-    assert "not a directory" in failed(capsys, 3, "checkpoint", "inspect", "job.yaml")
+    assert "holds no checkpoint" in failed(capsys, 3, "checkpoint", "inspect", "job.yaml")
     assert "listen" in failed(capsys, 4, "serve", "--host", "192.0.2.1")
     assert "--fd" in failed(capsys, 2, "serve", "--fd", "999")
 
