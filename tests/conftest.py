@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 # These machines are slow and noisy: how long one example takes says nothing.
@@ -31,6 +32,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if count > 1:
         metafunc.fixturenames.append("repetition")
         metafunc.parametrize("repetition", range(1, count + 1), indirect=True, ids=lambda n: f"run{n}")
+
+
+@pytest.fixture(autouse=True)
+def log_as_at_first() -> Iterator[None]:
+    """A test that sets up logging leaves it as it was: what it wrote to is closed afterwards."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

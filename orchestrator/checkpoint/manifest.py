@@ -265,6 +265,8 @@ def decode_manifest(text: bytes, file: str) -> Manifest:
     digest = fields.digest("digest")
     if digest_of(_dump({key: value for key, value in fields.data.items() if key != "digest"})) != digest:
         raise fields.fail("its checksum does not match its contents")
+    if _dump(fields.data) != text:  # another spelling of the same values, such as one more digit of a number
+        raise fields.fail("it is not as it was written")
     parts = tuple(
         PartEntry(one.integer("rank"), one.digest("digest"), one.integer("size_bytes"))
         for one in fields.objects("parts")
