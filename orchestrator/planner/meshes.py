@@ -43,12 +43,13 @@ def _data_parallel(spec: JobSpec, legal: Legal, most: int) -> Iterator[tuple[int
 def _replicate_sizes(spec: JobSpec, legal: Legal, most: int) -> list[int]:
     bounds, shard = legal.dp_replicate, legal.dp_shard
     top = min(bounds.max, most // shard.min)
-    if "dp_replicate" in spec.parallelism and top <= bounds.min + _ALL_UP_TO:
+    free = "dp_replicate" not in spec.parallelism and shard.max >= most  # shards alone can use every device
+    if not free and top <= bounds.min + _ALL_UP_TO:
         return list(range(bounds.min, top + 1))
     sizes = {bounds.min, top, bounds.prefer or bounds.min, most // shard.max}
     sizes |= {most // shards for shards in _SHARDED if shards < most}
-    if "dp_replicate" not in spec.parallelism:
-        sizes -= {size for size in sizes if size > 1 and most // size < _SHARDED[0] and most // size < shard.max}
+    if free:
+        sizes -= {size for size in sizes if size > 1 and most // size < _SHARDED[0]}
     return sorted(size for size in sizes if bounds.min <= size <= top)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.spec import AxisBounds, JobSpec, ModelSpec
@@ -31,6 +31,10 @@ def models(draw: st.DrawFn) -> ModelSpec:
         seq_length=draw(st.sampled_from([96, 128, 2048])),
         tied_embeddings=draw(st.booleans()),
     )
+
+
+NARROW = ModelSpec(layers=1, hidden=8, heads=1, kv_heads=1, ffn_hidden=96, vocab=256, seq_length=96)
+"""A model that neither tp nor pp divides: replicas are the only way to use devices that `dp_shard` may not."""
 
 
 @st.composite
@@ -175,6 +179,10 @@ def exists(spec: JobSpec, devices: int) -> bool:
 
 
 @settings(deadline=None, max_examples=100)
+@example(
+    job(None, global_batch=3, min_nodes=3, max_nodes=3, dp_shard=AxisBounds(1, 2), dp_replicate=AxisBounds(1, 9)), 3
+)
+@example(job(NARROW, global_batch=3, min_nodes=3, max_nodes=3, dp_shard=AxisBounds(1, 2), pp=AxisBounds(1, 1)), 3)
 @given(jobs(), st.integers(1, 9))
 def test_a_plan_is_found_whenever_one_exists(spec: JobSpec, devices: int) -> None:
     capacity = [NodeCapacity(f"node-{index}", 1) for index in range(devices)]
