@@ -141,7 +141,7 @@ def test_stop_leaves_nothing_and_is_quick(cluster: Cluster) -> None:
     children = [int(pid) for pid in re.findall(r"children (\d+) (\d+)", cluster.log("node-0", number, 0))[0]]
     started = time.monotonic()
     cluster.stop()
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 5.0  # 0.03 s on a quiet machine
     launch = cluster.controller.launch("node-0", number)
     assert launch is not None
     assert (launch.state, launch.errors) == (LaunchState.STOPPED, ())
