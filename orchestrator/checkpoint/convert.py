@@ -100,7 +100,7 @@ def _write(view: UniversalView, target: Path, conversion: Conversion, progress: 
     elif conversion.to == "dcp":
         from orchestrator.checkpoint.formats.dcp_target import write_dcp
 
-        write_dcp(view, target, memory_bytes=limits.memory_bytes, progress=progress)
+        write_dcp(view, target, limits=limits, progress=progress)
     else:
         from orchestrator.checkpoint.formats.deepspeed_universal_target import write_deepspeed_universal
 

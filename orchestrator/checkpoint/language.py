@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.checkpoint.expressions import Unknown, compiled, render
-from orchestrator.checkpoint.layout import LogicalTensor
 from orchestrator.checkpoint.merging import Shard, cut, merge
 from orchestrator.checkpoint.patterns import (
     Average,
@@ -41,7 +40,6 @@ __all__ = [
     "Shard",
     "Unique",
     "cut",
-    "explain",
     "merge",
 ]
 
@@ -138,23 +136,3 @@ class Rules:
             f"the rules {self.name} must match every parameter exactly once, but {'; '.join(words)}{more}: correct the "
             "rules or give others"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Which rule took a tensor, and what it did."""
-
-    parameter: str
-    rule: str
-    """In words."""
-    ranks: int
-    """Copies or pieces that make it."""
-
-
-def explain(tensors: Mapping[str, LogicalTensor]) -> list[Explanation]:
-    """For every parameter and buffer of a view what its rule did; those read as they are have no rule."""
-    return [
-        Explanation(tensor.parameter, tensor.rule or "whole, as it is stored", len(tensor.chunks) + len(tensor.others))
-        for tensor in tensors.values()
-        if tensor.state is None
-    ]

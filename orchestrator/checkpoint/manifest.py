@@ -254,7 +254,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "seconds": manifest.seconds,
         "parts": [{"rank": part.rank, "digest": part.digest, "size_bytes": part.size_bytes} for part in manifest.parts],
     }
-    return _dump(body | {"digest": digest_of(_dump(body))})
+    return seal(body)
 
 
 def decode_manifest(text: bytes, file: str) -> Manifest:
@@ -262,11 +262,7 @@ def decode_manifest(text: bytes, file: str) -> Manifest:
     fields = parse_object(text, file)
     fields.expect("format", MANIFEST_FORMAT)
     fields.expect("version", VERSION)
-    digest = fields.digest("digest")
-    if digest_of(_dump({key: value for key, value in fields.data.items() if key != "digest"})) != digest:
-        raise fields.fail("its checksum does not match its contents")
-    if _dump(fields.data) != text:  # another spelling of the same values, such as one more digit of a number
-        raise fields.fail("it is not as it was written")
+    require_seal(fields, text)
     parts = tuple(
         PartEntry(one.integer("rank"), one.digest("digest"), one.integer("size_bytes"))
         for one in fields.objects("parts")
@@ -274,6 +270,20 @@ def decode_manifest(text: bytes, file: str) -> Manifest:
     if not parts or [part.rank for part in parts] != list(range(len(parts))):
         raise fields.fail("its parts are not one per rank")
     return Manifest(fields.integer("generation"), fields.integer("step"), fields.number("seconds"), parts)
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """The object as JSON, with a checksum of itself."""
+    return _dump(body | {"digest": digest_of(_dump(body))})
+
+
+def require_seal(fields: Fields, text: bytes) -> None:
+    """Raises `CorruptCheckpoint` unless `text`, which `fields` were read from, is what `seal` wrote."""
+    digest = fields.digest("digest")
+    if digest_of(_dump({key: value for key, value in fields.data.items() if key != "digest"})) != digest:
+        raise fields.fail("its checksum does not match its contents")
+    if _dump(fields.data) != text:  # another spelling of the same values, such as one more digit of a number
+        raise fields.fail("it is not as it was written")
 
 
 def _dump(data: dict[str, Any]) -> bytes:

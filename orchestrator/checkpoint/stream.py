@@ -16,8 +16,9 @@ from orchestrator.checkpoint.layout import ITEM_BYTES, Box
 from orchestrator.checkpoint.numbers import convert
 from orchestrator.checkpoint.view import UniversalView
 
-BLOCK_BYTES = 2 << 20
-"""Copied at a time and thread: small enough to be hashed and written while it is in cache."""
+BLOCK_BYTES = 512 << 10
+"""Copied at a time and thread: small enough to be hashed and written while it is in cache. Measured on 1.8 GB and two
+cores: 1.1 s; 1.2 to 1.7 s with blocks of 1 or 2 MiB, whose threads also wait longer for each other at one file."""
 SEGMENT_BYTES = 64 << 20
 """A longer range of a tensor is cut into segments, so that threads share it and a restart repeats little."""
 
@@ -58,12 +59,15 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much a conversion may use."""
+    """How much a conversion may use, and what it waits for."""
 
     memory_bytes: int = 512 << 20
     """For buffers; the interpreter and the metadata come on top."""
     workers: int = 0
     """Threads; 0 = as many as cores, at most 8."""
+    durable: bool = False
+    """Wait until all is on the disk before the target appears under its name, so that it also survives a loss of power.
+    Otherwise the kernel writes it back, as after `cp`, and `verify` would find what was lost."""
 
     @property
     def threads(self) -> int:

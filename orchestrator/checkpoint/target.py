@@ -43,6 +43,7 @@ class Partial:
     target: Path
     resumed_bytes: int = 0
     """What an earlier attempt had written and this one left as it was."""
+    _durable: bool = False
     _journal: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -50,6 +51,7 @@ class Partial:
         self, view: UniversalView, outputs: Sequence[OutputFile], plan: Any, limits: Limits, progress: Progress
     ) -> Digests:
         """Write all files, or what an attempt with the same plan (JSON-able) and source left to write."""
+        self._durable = limits.durable
         head = json.dumps({"plan": digest_of(_canonical(plan)), "source": digest_of(_canonical(_stamp(view)))})
         done = self._resume(head, outputs, progress)
         self._require_space(sum(output.size_bytes for output in outputs) - self.resumed_bytes)
@@ -71,15 +73,16 @@ class Partial:
         """Write a small file, whole."""
         path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(path, data)
+        write_synced(path, data) if self._durable else path.write_bytes(data)
 
     def publish(self) -> None:
-        """Make everything durable and give the folder its name, in one step."""
+        """Give the folder its name, in one step; first make everything durable where that is asked for."""
         (self.directory / JOURNAL).unlink(missing_ok=True)
-        for folder, _, names in os.walk(self.directory):
-            for name in names:
-                _sync(Path(folder) / name)
-            sync_directory(Path(folder))
+        if self._durable:
+            for folder, _, names in os.walk(self.directory):
+                for name in names:
+                    _sync(Path(folder) / name)
+                sync_directory(Path(folder))
         try:
             self.directory.rename(self.target)
         except OSError as error:

@@ -6,6 +6,7 @@ import json as jsonlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,10 +93,11 @@ def convert(
     source: Format = None,
     tag: Tag = None,
     rule_set: RuleSet = None,
-    ranks: Annotated[int, Parameter(help="--to native: parts to divide it into.")] = 1,
-    stage: Annotated[int, Parameter(help="--to deepspeed-universal: the ZeRO stage that will load it.")] = 1,
+    ranks: Annotated[int | None, Parameter(help="--to native: parts to divide it into; else 1.")] = None,
+    stage: Annotated[int | None, Parameter(help="--to deepspeed-universal: the ZeRO stage to load it; else 1.")] = None,
     dtype: Annotated[str | None, Parameter(help="--to huggingface: F32, BF16, F16; else as trained.")] = None,
     trust: Annotated[bool, Parameter(negative="", help="Do not compare the source with its checksums first.")] = False,
+    durable: Annotated[bool, Parameter(negative="", help="Wait until it is on the disk; native always does.")] = False,
     memory: Memory = "512MiB",
     workers: Workers = 0,
     json: Json = False,
@@ -109,7 +111,9 @@ def convert(
     from orchestrator.checkpoint.convert import Conversion
     from orchestrator.checkpoint.convert import convert as run
 
-    conversion = Conversion(to, ranks, stage, dtype, not trust, _limits(memory, workers))
+    _require_fitting(to, {"ranks": ranks, "stage": stage, "dtype": dtype})
+    limits = replace(_limits(memory, workers), durable=durable)
+    conversion = Conversion(to, ranks or 1, stage or 1, dtype, not trust, limits)
     with _bar(show=not json) as bar:
         done = run(path, target, conversion, source_format=source, tag=tag, rules=_rules(rule_set), begun=bar.begin)
     if json:
@@ -201,6 +205,18 @@ def parse_bytes(text: str) -> int:
         return int(float(digits) * UNITS[unit])
     except (ValueError, KeyError, OverflowError) as error:
         raise InvalidInput(f"{text!r} is not an amount of memory: give one like 512MiB") from error
+
+
+def _require_fitting(to: str, given: dict[str, object]) -> None:
+    """Raises `InvalidInput` for an option that the target knows nothing of, or a count of zero."""
+    from orchestrator.core.errors import InvalidInput
+
+    fitting = {"ranks": "native", "stage": "deepspeed-universal", "dtype": "huggingface"}
+    for name, value in given.items():
+        if value is not None and to != fitting[name]:
+            raise InvalidInput(f"--{name} is for --to {fitting[name]}, not for --to {to}: leave it out")
+        if value == 0:
+            raise InvalidInput(f"--{name} 0 is none: give at least 1")
 
 
 def _limits(memory: str, workers: int) -> Limits:

@@ -63,8 +63,6 @@ class Entry:
     """The tensors' bytes are under no checksum."""
     unsigned: tuple[str, ...] = ()
     """Files of metadata under no checksum, on whose word alone tensors have their names."""
-    spare: tuple[str, ...] = ()
-    """Files that say nothing that others do not, and may be missing."""
 
 
 def _nothing_alike(name: str) -> str | None:
@@ -195,10 +193,7 @@ MAKERS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "zero-1": (_zero(Layout(1, 3)), {}),
     "zero-2": (_zero(Layout(2, 2), torch.float32), {}),
     "zero-bf16": (_zero(Layout(1, 2, "bf16")), {}),
-    "zero-3": (
-        _zero(Layout(3, 2)),
-        {"alike": _ranks, "spare": ("step3/zero_pp_rank_1_mp_rank_00_model_states.pt",)},
-    ),
+    "zero-3": (_zero(Layout(3, 2)), {"alike": _ranks}),
     "zero-3d": (parallel, {"alike": _ranks}),
     "deepspeed-universal": (_deepspeed_universal(1), {"alike": _values}),
     "deepspeed-universal-3": (_deepspeed_universal(3), {"alike": _values}),
@@ -230,7 +225,6 @@ def make(name: str, folder: Path) -> Entry:
         facts.get("alike", _nothing_alike),
         facts.get("raw", False),
         facts.get("unsigned", ()),
-        facts.get("spare", ()),
     )
 
 

@@ -118,6 +118,10 @@ def test_an_unknown_flag_is_named(command: list[str]) -> None:
         (["plan", "job.yaml", "--nodes", "2x1", "--lose", "2"], "leave at least one"),
         (["plan", "job.yaml", "--nodes", "2x1", "--lose", "node-9"], "'node-9'"),
         (["plan", "job.yaml", "--nodes", "1x1"], "1 more node"),
+        (["checkpoint", "convert", "a", "b", "--ranks", "2"], "--ranks is for --to native, not for --to universal"),
+        (["checkpoint", "convert", "a", "b", "--to", "native", "--ranks", "0"], "--ranks 0 is none"),
+        (["checkpoint", "convert", "a", "b", "--to", "dcp", "--stage", "3"], "--stage is for --to deepspeed-universal"),
+        (["checkpoint", "convert", "a", "b", "--memory", "some"], "'some' is not an amount of memory"),
     ],
 )
 def test_wrong_input(job: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

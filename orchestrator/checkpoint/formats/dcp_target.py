@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.checkpoint.formats.dcp_keys import KeyPath
 from orchestrator.checkpoint.formats.dcp_metadata import METADATA
-from orchestrator.checkpoint.formats.torch_blob import ALIGNMENT, MAX_BLOB_BYTES, tensor_blob
+from orchestrator.checkpoint.formats.torch_blob import ALIGNMENT, tensor_blob
 from orchestrator.checkpoint.layout import Box, LogicalTensor
 from orchestrator.checkpoint.stream import Limits, OutputFile, Progress, Segment, cut
 from orchestrator.checkpoint.target import partial
@@ -38,7 +38,7 @@ CHUNK_BYTES = 64 << 20
 """torch reads a chunk whole whatever it needs of it: so chunks are not much larger than a rank's share of a tensor."""
 
 
-def write_dcp(view: UniversalView, target: Path, *, memory_bytes: int, progress: Progress) -> None:
+def write_dcp(view: UniversalView, target: Path, *, limits: Limits, progress: Progress) -> None:
     """Write `view` to the new folder `target`, streamed; it has its name only once it is whole.
 
     Raises `Conflict` when the target exists, `CheckpointError` and `CorruptCheckpoint` as reading and writing do.
@@ -47,7 +47,7 @@ def write_dcp(view: UniversalView, target: Path, *, memory_bytes: int, progress:
     outputs = [file.output() for file in layout.files]
     metadata = layout.metadata()
     with partial(target) as folder:
-        folder.fill(view, outputs, layout.plan(), Limits(memory_bytes), progress)
+        folder.fill(view, outputs, layout.plan(), limits, progress)
         folder.put(METADATA, metadata)
         folder.publish()
 
@@ -112,7 +112,7 @@ class _Layout:
         self.tensors[key] = tensor
         if not tensor.size_bytes:
             return
-        for segment in cut(tensor.name, Box.whole(tensor.shape), tensor.dtype, 0, min(CHUNK_BYTES, MAX_BLOB_BYTES)):
+        for segment in cut(tensor.name, Box.whole(tensor.shape), tensor.dtype, 0, CHUNK_BYTES):
             file = self._file()
             file.align()
             begin = file.size_bytes

@@ -27,7 +27,7 @@ from orchestrator.checkpoint.formats.deepspeed_state import (
     step_of_model,
 )
 from orchestrator.checkpoint.formats.deepspeed_unpartitioned import Unpartitioned
-from orchestrator.checkpoint.formats.deepspeed_values import Node, Plain
+from orchestrator.checkpoint.formats.pickled_values import Node, Plain
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
 

@@ -11,7 +11,7 @@ from math import prod
 
 from orchestrator.checkpoint.expressions import compiled
 from orchestrator.checkpoint.formats.deepspeed_flat import Held, Shape
-from orchestrator.checkpoint.formats.deepspeed_values import Node, short
+from orchestrator.checkpoint.formats.pickled_values import Node, short
 from orchestrator.checkpoint.language import cut
 from orchestrator.checkpoint.layout import ITEM_BYTES, Box, Chunk, LogicalTensor, row_major, tensor_name
 from orchestrator.checkpoint.reshard import flaw, intersect

@@ -10,7 +10,7 @@ import numpy as np
 from orchestrator.checkpoint.archive import StoredTensor
 from orchestrator.checkpoint.fields import LARGEST
 from orchestrator.checkpoint.files import Files
-from orchestrator.checkpoint.formats.deepspeed_values import Node, read_scalar, short
+from orchestrator.checkpoint.formats.pickled_values import Node, read_scalar, short
 from orchestrator.checkpoint.layout import ITEM_BYTES, Chunk, flat_boxes
 
 STEP = "step"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from orchestrator.checkpoint.archive import StoredTensor
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats.deepspeed_flat import Held, Parameter, Shape
-from orchestrator.checkpoint.formats.deepspeed_values import Node, short
 from orchestrator.checkpoint.formats.deepspeed_zero3 import frozen_tensor
+from orchestrator.checkpoint.formats.pickled_values import Node, short
 from orchestrator.checkpoint.layout import Box, Chunk
 
 

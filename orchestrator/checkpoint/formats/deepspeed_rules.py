@@ -14,7 +14,7 @@ from orchestrator.checkpoint.expressions import compiled
 from orchestrator.checkpoint.formats.deepspeed_affine import AffineMap, affine_map, affine_maps
 from orchestrator.checkpoint.formats.deepspeed_flat import Shape
 from orchestrator.checkpoint.formats.deepspeed_module import listed
-from orchestrator.checkpoint.formats.deepspeed_values import Node, short
+from orchestrator.checkpoint.formats.pickled_values import Node, short
 from orchestrator.checkpoint.language import Average, Fragment, Padding, Pattern, Replicated, Rule, Rules
 from orchestrator.checkpoint.unpickle import Record
 from orchestrator.core.errors import CheckpointError

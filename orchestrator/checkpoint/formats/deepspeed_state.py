@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats.deepspeed_module import listed
-from orchestrator.checkpoint.formats.deepspeed_values import Node, Plain
+from orchestrator.checkpoint.formats.pickled_values import Node, Plain
 from orchestrator.core.errors import CorruptCheckpoint
 
 _LAYOUT = frozenset(

@@ -26,7 +26,7 @@ from orchestrator.checkpoint.formats import Reading, deepspeed_files
 from orchestrator.checkpoint.formats.deepspeed_flat import STEP, Held, Parameter, Shape, number_of, scalar, step_of
 from orchestrator.checkpoint.formats.deepspeed_module import Module, complete, listed, stored
 from orchestrator.checkpoint.formats.deepspeed_state import hyper_parameters, plain_state, step_of_model
-from orchestrator.checkpoint.formats.deepspeed_values import Node, Plain
+from orchestrator.checkpoint.formats.pickled_values import Node, Plain
 from orchestrator.checkpoint.layout import ITEM_BYTES, Box, Chunk, LogicalTensor, tensor_name
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError

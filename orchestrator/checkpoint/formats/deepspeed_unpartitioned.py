@@ -32,7 +32,7 @@ from orchestrator.checkpoint.formats.deepspeed_flat import (
     step_of,
 )
 from orchestrator.checkpoint.formats.deepspeed_module import Module, listed, shared_storage, stored
-from orchestrator.checkpoint.formats.deepspeed_values import Node
+from orchestrator.checkpoint.formats.pickled_values import Node
 from orchestrator.checkpoint.layout import ITEM_BYTES
 from orchestrator.checkpoint.numbers import FLOATS, items, numbers
 from orchestrator.core.errors import CheckpointError

@@ -21,7 +21,7 @@ from orchestrator.checkpoint.formats.deepspeed_flat import (
     add_values,
     step_of,
 )
-from orchestrator.checkpoint.formats.deepspeed_values import Node, short
+from orchestrator.checkpoint.formats.pickled_values import Node, short
 from orchestrator.checkpoint.unpickle import Record
 
 FP32 = "single_partition_of_fp32_groups"

@@ -22,7 +22,7 @@ from orchestrator.checkpoint.formats.deepspeed_flat import (
     add_values,
     step_of,
 )
-from orchestrator.checkpoint.formats.deepspeed_values import Node
+from orchestrator.checkpoint.formats.pickled_values import Node
 from orchestrator.checkpoint.layout import ITEM_BYTES, Box, Chunk, flat_boxes
 
 FP32 = "fp32_flat_groups"

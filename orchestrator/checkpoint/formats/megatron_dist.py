@@ -16,7 +16,6 @@ from orchestrator.checkpoint.archive import load_archive
 from orchestrator.checkpoint.fields import corrupt
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats.dcp_metadata import Saved, read_inventory
-from orchestrator.checkpoint.formats.deepspeed_values import Node, Plain
 from orchestrator.checkpoint.formats.megatron_merge import BUFFER, STATE_KEYS, default_rules, variables
 from orchestrator.checkpoint.formats.megatron_optimizer import (
     Kinds,
@@ -26,6 +25,7 @@ from orchestrator.checkpoint.formats.megatron_optimizer import (
     scalar,
 )
 from orchestrator.checkpoint.formats.megatron_ranks import arguments_of
+from orchestrator.checkpoint.formats.pickled_values import Node, Plain
 from orchestrator.checkpoint.language import Rule, Rules, Shard, merge
 from orchestrator.checkpoint.layout import ITEM_BYTES, Chunk, LogicalTensor, tensor_name
 from orchestrator.checkpoint.merging import select, unflatten

@@ -11,9 +11,9 @@ from orchestrator.checkpoint import rulefile
 from orchestrator.checkpoint.archive import StoredTensor
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats.deepspeed_state import merge_groups
-from orchestrator.checkpoint.formats.deepspeed_values import Node, Plain
 from orchestrator.checkpoint.formats.megatron_optimizer import Held, States, held, hyper_parameters, read_states
 from orchestrator.checkpoint.formats.megatron_ranks import Arguments, Grid, Rank
+from orchestrator.checkpoint.formats.pickled_values import Node, Plain
 from orchestrator.checkpoint.language import Rule, Rules, merge
 from orchestrator.checkpoint.layout import LogicalTensor, tensor_name
 from orchestrator.checkpoint.view import UniversalView

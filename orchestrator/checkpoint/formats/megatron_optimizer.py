@@ -16,8 +16,8 @@ from typing import Any
 
 from orchestrator.checkpoint.archive import StoredTensor, load_archive
 from orchestrator.checkpoint.files import Files
-from orchestrator.checkpoint.formats.deepspeed_values import Node, read_scalar, short
 from orchestrator.checkpoint.formats.megatron_ranks import OPTIMIZER_FILE, Rank
+from orchestrator.checkpoint.formats.pickled_values import Node, read_scalar, short
 from orchestrator.checkpoint.language import Shard
 from orchestrator.checkpoint.layout import ITEM_BYTES, Box, Chunk
 

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.checkpoint.archive import StoredTensor, load_archive
 from orchestrator.checkpoint.fields import corrupt
 from orchestrator.checkpoint.files import Files
-from orchestrator.checkpoint.formats.deepspeed_values import Node
+from orchestrator.checkpoint.formats.pickled_values import Node
 from orchestrator.checkpoint.unpickle import Record
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.checkpoint.durable import write_synced
@@ -32,8 +33,9 @@ def write_native(view: UniversalView, root: Path, *, ranks: int, limits: Limits,
     """Write and commit `view` under `root` in `ranks` parts; returns the checkpoint's directory.
 
     Every tensor is divided over the ranks along its first dimension, as FSDP2 divides it; any mesh reads it. Its
-    generation is the newest that has begun under `root` (1 in a new one). Raises `InvalidInput` for fewer than 1 rank,
-    `Conflict` when that step is there, and what reading, writing and committing raise.
+    generation is the newest that has begun under `root` (1 in a new one). It is durable when this returns, as every
+    commit is. Raises `InvalidInput` for fewer than 1 rank, `Conflict` when that step is there, and what reading,
+    writing and committing raise.
     """
     if ranks < 1:
         raise InvalidInput(f"a checkpoint cannot be divided over {ranks} ranks: give at least 1")
@@ -44,7 +46,7 @@ def write_native(view: UniversalView, root: Path, *, ranks: int, limits: Limits,
     outputs = [safetensors_file(data_name(rank), one, {"format": "regrow"}) for rank, one in enumerate(wanted)]
     with partial(target) as folder:
         plan = [(one.name, one.size_bytes, digest_of(one.literals[0][1])) for one in outputs]
-        digests = folder.fill(view, outputs, plan, limits, progress)
+        digests = folder.fill(view, outputs, plan, replace(limits, durable=True), progress)
         reports = []
         for rank, output in enumerate(outputs):
             part = _part(view, generation, rank, ranks, output, digests)

@@ -52,6 +52,8 @@ class TorchFile:
     output: OutputFile
     streamed: tuple[tuple[int, int, tuple[int, int]], ...]
     """(First byte, number of bytes, the two places for the checksum) of storages."""
+    begins: tuple[int, ...]
+    """Where each storage begins."""
 
     def seal(self, directory: Path) -> None:
         """Fill in the checksums of the file as it is written in `directory`; raises `OSError`."""
@@ -84,7 +86,7 @@ def archive(name: str, value: Any, storages: Sequence[Storage] = ()) -> TorchFil
     growing.add("version", b"3\n")
     growing.finish()
     output = OutputFile(name, growing.at, tuple(growing.literals), tuple(growing.segments))
-    return TorchFile(output, tuple(growing.streamed))
+    return TorchFile(output, tuple(growing.streamed), tuple(growing.begins))
 
 
 @dataclass(slots=True)
@@ -96,6 +98,7 @@ class _Archive:
     unsummed: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(First byte, number of bytes, place for the checksum, entry) of storages."""
     streamed: list[tuple[int, int, tuple[int, int]]] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
 
     def put(self, data: bytes) -> None:
         self.literals.append((self.at, data))
@@ -108,6 +111,7 @@ class _Archive:
     def add_storage(self, name: str, storage: Storage) -> None:
         begin = self.at
         self.header(name, storage.size_bytes, isal_zlib.crc32(storage.data or b""), aligned=True)
+        self.begins.append(self.at)
         if storage.data is not None:
             self.put(storage.data)
             return

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from orchestrator.checkpoint.fields import Fields, corrupt, parse_object
 from orchestrator.checkpoint.files import MAX_METADATA_BYTES, Files, read_whole
 from orchestrator.checkpoint.formats import Reading
 from orchestrator.checkpoint.layout import KINDS, Box, Chunk, LogicalTensor, tensor_name
-from orchestrator.checkpoint.manifest import digest_of
+from orchestrator.checkpoint.manifest import digest_of, require_seal, seal
 from orchestrator.checkpoint.safetensors_layout import Wanted, index_file, safetensors_file, shards
 from orchestrator.checkpoint.stream import Limits, OutputFile, Progress
 from orchestrator.checkpoint.target import Digests, partial
@@ -141,11 +140,7 @@ def encode(view: UniversalView, steps: dict[str, float], table: dict[str, list[l
         "notes": list(view.notes),
         "checksums": table,
     }
-    return _dump(body | {"digest": digest_of(_dump(body))})
-
-
-def _dump(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, separators=(",", ":")).encode()
+    return seal(body)
 
 
 # ---------------------------------------------------------------- reading
@@ -205,11 +200,7 @@ def describe(files: Files) -> Fields:
     fields = parse_object(text, files.label(DESCRIPTION))
     fields.expect("format", FORMAT)
     fields.expect("version", VERSION)
-    digest = fields.digest("digest")
-    if digest_of(_dump({key: value for key, value in fields.data.items() if key != "digest"})) != digest:
-        raise fields.fail("its checksum does not match its contents")
-    if _dump(fields.data) != text:  # another spelling of the same values, such as one more digit of a number
-        raise fields.fail("it is not as it was written")
+    require_seal(fields, text)
     return fields
 
 

@@ -17,12 +17,12 @@ from orchestrator.checkpoint.formats import dcp_target
 from orchestrator.checkpoint.formats.dcp_target import torch_dtype, write_dcp
 from orchestrator.checkpoint.formats.torch_blob import ALIGNMENT, tensor_blob
 from orchestrator.checkpoint.layout import ITEM_BYTES, Box
-from orchestrator.checkpoint.stream import cut
+from orchestrator.checkpoint.stream import Limits, cut
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError, Conflict
 from tests.unit.checkpoint.formats.dcp_saving import assert_holds, contents, opened, read, save, trained
 
-MEMORY_BYTES = 1 << 20
+LIMITS = Limits(memory_bytes=1 << 20)
 
 
 def silent(count: int) -> None:
@@ -58,7 +58,7 @@ def test_the_bytes_around_a_tensor_are_those_of_torch(tmp_path: Path, dtype: str
 
 def test_torch_loads_weights_moments_steps_and_settings(tmp_path: Path, view: UniversalView) -> None:
     done: list[int] = []
-    write_dcp(view, tmp_path / "target", memory_bytes=MEMORY_BYTES, progress=done.append)
+    write_dcp(view, tmp_path / "target", limits=LIMITS, progress=done.append)
     assert sum(done) == sum(tensor.size_bytes for tensor in view.tensors.values())
     model, optimizer = trained(steps=3)
     weights, states = get_state_dict(model, optimizer)
@@ -80,7 +80,7 @@ def test_settings_that_only_torch_knows_are_added(tmp_path: Path, view: Universa
     for group in view.state["param_groups"]:
         for key in (*dcp_target.NEUTRAL, "amsgrad"):
             del group[key]
-    write_dcp(view, tmp_path / "target", memory_bytes=MEMORY_BYTES, progress=silent)
+    write_dcp(view, tmp_path / "target", limits=LIMITS, progress=silent)
     weights, states = get_state_dict(model, optimizer)
     state = {"model": weights, "optim": states}
     load(state, tmp_path / "target")
@@ -91,7 +91,7 @@ def test_it_reads_back_as_the_same_view(tmp_path: Path, view: UniversalView, mon
     """In small chunks over several files."""
     monkeypatch.setattr(dcp_target, "CHUNK_BYTES", 64)
     monkeypatch.setattr(dcp_target, "FILE_BYTES", 20_000)
-    write_dcp(view, tmp_path / "target", memory_bytes=MEMORY_BYTES, progress=silent)
+    write_dcp(view, tmp_path / "target", limits=LIMITS, progress=silent)
     back = opened(tmp_path / "target")
     assert len(back.tensors["0.weight"].chunks) == 3 and len(list((tmp_path / "target").glob("*.distcp"))) == 3
     assert back.tensors.keys() == view.tensors.keys()
@@ -102,7 +102,7 @@ def test_it_reads_back_as_the_same_view(tmp_path: Path, view: UniversalView, mon
 
 def test_tied_names_are_all_written(tmp_path: Path, view: UniversalView) -> None:
     view.aliases["head.weight"] = "0.weight"
-    write_dcp(view, tmp_path / "target", memory_bytes=MEMORY_BYTES, progress=silent)
+    write_dcp(view, tmp_path / "target", limits=LIMITS, progress=silent)
     state = {"model": {"head.weight": torch.zeros(6, 8), "0.weight": torch.zeros(6, 8)}}
     load(state, tmp_path / "target")
     assert contents(state["model"]["head.weight"]) == contents(state["model"]["0.weight"]) == read(view, "0.weight")
@@ -118,19 +118,19 @@ def test_nothing_is_there_until_it_is_whole_and_a_second_attempt_goes_on(tmp_pat
 
     target = tmp_path / "target"
     with pytest.raises(Killed):
-        write_dcp(view, target, memory_bytes=MEMORY_BYTES, progress=stop)
+        write_dcp(view, target, limits=LIMITS, progress=stop)
     assert not target.exists()
-    write_dcp(view, target, memory_bytes=MEMORY_BYTES, progress=silent)
+    write_dcp(view, target, limits=LIMITS, progress=silent)
     assert opened(target).tensors.keys() == view.tensors.keys()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     with pytest.raises(Conflict):
-        write_dcp(view, target, memory_bytes=MEMORY_BYTES, progress=silent)
+        write_dcp(view, target, limits=LIMITS, progress=silent)
 
 
 def test_entries_of_one_key_are_an_error(tmp_path: Path, view: UniversalView) -> None:
     view.state["model"] = {"0.weight": 1}
     with pytest.raises(CheckpointError, match=r"two entries would both be model\.0\.weight"):
-        write_dcp(view, tmp_path / "target", memory_bytes=MEMORY_BYTES, progress=silent)
+        write_dcp(view, tmp_path / "target", limits=LIMITS, progress=silent)
 
 
 def test_large_tensors_are_cut_by_rows(view: UniversalView) -> None:

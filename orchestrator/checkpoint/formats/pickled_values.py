@@ -1,4 +1,4 @@
-"""Strict reading of what DeepSpeed pickled: every misfit is a `CorruptCheckpoint` that names file and key."""
+"""Strict reading of what other tools pickled: every misfit is a `CorruptCheckpoint` that names file and key."""
 
 from __future__ import annotations
 
@@ -13,23 +13,13 @@ from orchestrator.checkpoint.archive import StoredTensor
 from orchestrator.checkpoint.fields import LARGEST, corrupt
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.layout import ITEM_BYTES, MAX_DIMENSIONS
+from orchestrator.checkpoint.numbers import PLAIN
 from orchestrator.checkpoint.unpickle import Name, Record
 from orchestrator.core.errors import CorruptCheckpoint
 
-_NUMPY = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "U64": "<u8",
-    "I64": "<i8",
-    "F16": "<f2",
-    "F32": "<f4",
-    "F64": "<f8",
-}
+_SCALARS = {name: dtype for name, dtype in PLAIN.items() if name != "C64"}
+"""dtypes of numbers that JSON has, too."""
+
 _MAX_JSON_ITEMS = 1 << 20
 _MAX_DEPTH = 50
 _MAX_INTEGER = 1 << 64
@@ -127,9 +117,9 @@ def read_scalar(files: Files, stored: StoredTensor) -> int | float | bool:
     files.read_into(stored.file, stored.begin, memoryview(data))
     if stored.dtype == "BF16":
         return float(np.frombuffer(b"\0\0" + data, "<f4")[0])
-    if stored.dtype not in _NUMPY:
+    if stored.dtype not in _SCALARS:
         raise corrupt(files.label(stored.file), f"a number has the dtype {stored.dtype}")
-    found: int | float | bool = np.frombuffer(data, _NUMPY[stored.dtype])[0].item()
+    found: int | float | bool = np.frombuffer(data, _SCALARS[stored.dtype])[0].item()
     return found
 
 
@@ -168,7 +158,7 @@ class Plain:
             return self._mapping(node)
         if isinstance(value, Record):
             return self._record(node)
-        if isinstance(value, StoredTensor) and value.elements == 1 and value.dtype in (*_NUMPY, "BF16"):
+        if isinstance(value, StoredTensor) and value.elements == 1 and value.dtype in (*_SCALARS, "BF16"):
             return read_scalar(self.files, value)
         self._drop(node)
         return None
