@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade setuptools wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[trainer,dev]'
+	@$(BIN)/python -m compileall -q orchestrator agents
 	@touch $(STAMP)
 
 demo: setup  ## lose a node, get it back, and compare with a run that was left alone

@@ -28,7 +28,7 @@ from orchestrator.checkpoint.stream import Progress
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 512 << 10
 """Read at a time and thread: small enough to be hashed while it is in cache."""
 
 

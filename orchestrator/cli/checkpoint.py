@@ -258,16 +258,14 @@ class _Bar:
 
 @contextmanager
 def _bar(*, show: bool) -> Iterator[_Bar]:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not show or not console.is_terminal:
+    if not show or not sys.stderr.isatty():
         yield _Bar(None)
         return
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
         yield _Bar(progress)
 
 

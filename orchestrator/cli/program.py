@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from cyclopts import App, CycloptsError
 
@@ -33,13 +32,19 @@ def create_app() -> App:
         help="Keeps distributed PyTorch training running on whatever hardware is left.",
         help_epilogue=EXIT_CODES,
         help_format="plaintext",
-        version=lambda: version("regrow"),
+        version=_version,
         result_action="return_value",
     )
     for command in COMMANDS:
         app.command(command)
     app.command(checkpoint)
     return app
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("regrow")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

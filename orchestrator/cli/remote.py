@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as jsonlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -123,6 +122,8 @@ def save(name: JobName = None, /, *, url: Url = None, token_file: TokenFile = No
 
 
 def _talk(url: str | None, token_file: Path | None, conversation: Callable[[Client], Awaitable[T]]) -> T:
+    import asyncio
+
     from orchestrator import settings
     from orchestrator.frontends.client import Client
 

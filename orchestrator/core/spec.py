@@ -25,6 +25,17 @@ class ModelSpec:
     tied_embeddings: bool = False
     gated_ffn: bool = True
     """Three matrices in the feed-forward block (SwiGLU) instead of two."""
+    head_size: int | None = None
+    """Numbers per attention head; None = `hidden / heads`."""
+    experts: int = 0
+    """Routed experts of a mixture-of-experts layer; 0 = a dense model. Every axis `ep` divides them."""
+    experts_per_token: int = 0
+    expert_hidden: int = 0
+    """Intermediate size of one expert; `ffn_hidden` is that of the dense layers."""
+    shared_hidden: int = 0
+    """Intermediate size of what every token of such a layer passes besides (shared experts)."""
+    dense_layers: int = 0
+    """How many of `layers` have no experts (the first ones)."""
 
 
 @dataclass(frozen=True, slots=True)
