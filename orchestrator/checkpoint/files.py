@@ -62,7 +62,7 @@ def read_whole(files: Files, file: str, limit_bytes: int = MAX_METADATA_BYTES) -
     return bytes(data)
 
 
-def read_blocks(files: Files, file: str, begin: int, end: int, block_bytes: int = 4 << 20) -> Iterator[memoryview]:
+def read_blocks(files: Files, file: str, begin: int, end: int, block_bytes: int = 512 << 10) -> Iterator[memoryview]:
     """Bytes `begin .. end` piece by piece; each is valid until the next is asked for."""
     block = memoryview(bytearray(min(block_bytes, end - begin)))
     while begin < end:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint.durable import locked, replace_durably, sync_directory
 from orchestrator.checkpoint.fields import corrupt
@@ -30,7 +31,9 @@ from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts,
 from orchestrator.checkpoint.reshard import flaw
 from orchestrator.checkpoint.root import create_root, list_root, parse_root
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint, InvalidInput, Refused
-from orchestrator.core.types import SaveReport
+
+if TYPE_CHECKING:
+    from orchestrator.core.types import SaveReport
 
 FENCE = "fence"
 """Name of the file that holds the newest generation that has begun."""

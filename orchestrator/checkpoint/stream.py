@@ -145,6 +145,7 @@ def write_files(
         record(index, segment, digest)
 
     jobs = [(index, segment) for index, output in enumerate(outputs) for segment in output.segments]
+    jobs.sort(key=lambda job: job[1].begin / outputs[job[0]].size_bytes)  # threads wait for each other at one file
     for job in jobs:
         if job in done:
             digests[job] = done[job]
@@ -189,6 +190,15 @@ def blocks(view: UniversalView, segment: Segment, block: bytearray) -> Iterator[
     tensor = view.tensors[segment.tensor]
     item = tensor.item_bytes
     begin = segment.begin
+    runs = view.runs(segment.tensor, segment.box) if segment.dtype == tensor.dtype else None
+    if runs is not None:  # nearly always: nothing is looked at for each block then
+        for file, start, count in runs:
+            for done in range(0, count, len(block)):
+                piece = memoryview(block)[: count - done]
+                view.files.read_into(file, start + done, piece)
+                yield begin, piece
+                begin += piece.nbytes
+        return
     most = max(1, len(block) // max(item, ITEM_BYTES[segment.dtype]))
     for part in bands(segment.box, most):
         piece = memoryview(block)[: part.elements * item]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from orchestrator.checkpoint.archive import StoredTensor, open_blob
@@ -18,7 +17,7 @@ from orchestrator.checkpoint.numbers import FLOATS, ITEMS, items, numbers
 from orchestrator.checkpoint.reshard import Copy, plan_copies
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
 
-Bytes = npt.NDArray[Any]
+Bytes: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 _LONGEST_HEADER_BYTES = 1 << 16
 
 
@@ -86,6 +85,32 @@ class UniversalView:
             self._average(tensor, box, destination, check)
         return target.nbytes
 
+    def runs(self, name: str, box: Box) -> list[tuple[str, int, int]] | None:
+        """(File, first byte, bytes) of the pieces that hold the box one after the other, in its row-major order; they
+        can be copied without looking at elements. None where they must be rearranged or averaged, or are in no file.
+
+        Raises as `read` does.
+        """
+        tensor = self._tensor(name, box)
+        if tensor.average and tensor.others:
+            return None
+        found = []
+        for copy in self._plan(tensor, tensor.chunks, box):
+            chunk = copy.chunk
+            start = _position(copy.destination, box.sizes)
+            if start is None or chunk.data is not None:
+                return None
+            try:
+                chunk = self._resolved(tensor, chunk) if chunk.blob_bytes is not None else chunk
+            except CorruptCheckpoint as error:
+                raise naming(error, name) from error
+            strides = row_major(chunk.box.sizes) if chunk.strides is None else chunk.strides
+            if not is_row_major(copy.source.sizes, strides):
+                return None
+            begin = chunk.begin + _skipped(copy.source, strides) * tensor.item_bytes
+            found.append((start, chunk.file, begin, copy.source.elements * tensor.item_bytes))
+        return [piece[1:] for piece in sorted(found)]
+
     def read_replica(self, name: str, index: int, box: Box, out: Any) -> None:
         """Fill `out` from one copy alone: the `index`-th of the tensor's `others`, or with -1 the first copy, which the
         mean of an average hides; raises as `read` does.
@@ -107,23 +132,25 @@ class UniversalView:
         return tensor
 
     def _fill(self, tensor: LogicalTensor, chunks: Iterable[Chunk], box: Box, destination: Bytes, check: bool) -> None:
-        plan = plan_copies(box, chunks)
-        if plan.missing:
-            reason = f"no chunk holds {', '.join(map(str, plan.missing[:3]))}"
-            raise corrupt(self.files.location, reason, tensor.name)
-        for copy in plan.copies:
+        for copy in self._plan(tensor, chunks, box):
             try:
                 self._copy(tensor, copy, _part(destination, copy.destination), check)
             except CorruptCheckpoint as error:
                 raise naming(error, tensor.name) from error
+
+    def _plan(self, tensor: LogicalTensor, chunks: Iterable[Chunk], box: Box) -> tuple[Copy, ...]:
+        plan = plan_copies(box, chunks)
+        if plan.missing:
+            reason = f"no chunk holds {', '.join(map(str, plan.missing[:3]))}"
+            raise corrupt(self.files.location, reason, tensor.name)
+        return plan.copies
 
     def _copy(self, tensor: LogicalTensor, copy: Copy, target: Bytes, check: bool) -> None:
         chunk = copy.chunk
         if chunk.blob_bytes is not None:
             chunk = self._resolved(tensor, chunk)
         strides = row_major(chunk.box.sizes) if chunk.strides is None else chunk.strides
-        skipped = sum(offset * stride for offset, stride in zip(copy.source.offsets, strides, strict=True))
-        begin = chunk.begin + skipped * tensor.item_bytes
+        begin = chunk.begin + _skipped(copy.source, strides) * tensor.item_bytes
         if chunk.data is not None:
             count = copy.source.elements
             np.copyto(target, np.frombuffer(chunk.data, ITEMS[tensor.item_bytes], count, begin).reshape(target.shape))
@@ -210,6 +237,17 @@ class UniversalView:
             total = total + numbers(one, tensor.dtype)
         mean = total / total.dtype.type(1 + len(tensor.others))
         np.copyto(destination, items(mean, tensor.dtype).view(destination.dtype).reshape(destination.shape))
+
+
+def _skipped(source: Box, strides: Sequence[int]) -> int:
+    """Elements before the box's first."""
+    return sum(offset * stride for offset, stride in zip(source.offsets, strides, strict=True))
+
+
+def _position(part: Box, sizes: tuple[int, ...]) -> int | None:
+    """Elements before `part` in the row-major order of a box of these sizes; None where others lie within it."""
+    strides = row_major(sizes)
+    return _skipped(part, strides) if is_row_major(part.sizes, strides) else None
 
 
 def _part(array: Bytes, box: Box) -> Bytes:

@@ -130,6 +130,9 @@ def test_any_partition_reads_back_as_any_box(
         out = np.full(wanted.sizes, 77, dtype)
         assert view.read("w", wanted, out, check=True) == out.nbytes
         assert out.tobytes() == array[(*wanted.slices, ...)].tobytes()
+        runs = view.runs("w", wanted)
+        if runs is not None:
+            assert b"".join(view.files.span(*run) for run in runs) == out.tobytes()
         assert verify(folder, done.path, threads=1).tensors == 1
 
 

@@ -118,3 +118,45 @@ def test_an_unaligned_chunk_of_another_format(tmp_path: Path) -> None:
     out = np.zeros((8, 2), np.float32)
     view.read("t", Box((0, 2), (8, 2)), out)
     assert (out == WEIGHT[:, 2:4]).all()
+
+
+def pieces(view: UniversalView, name: str, box: Box) -> bytes | None:
+    runs = view.runs(name, box)
+    if runs is None:
+        return None
+    found = bytearray()
+    for file, begin, count in runs:
+        found += view.files.span(file, begin, count)
+    return bytes(found)
+
+
+def test_rows_of_several_ranks_are_runs_of_their_files(view: UniversalView) -> None:
+    assert pieces(view, "w", Box((1, 0), (6, 6))) == (WEIGHT[1:7] + 40).tobytes()
+
+
+def test_columns_are_no_run(view: UniversalView) -> None:
+    assert view.runs("w", Box((1, 2), (6, 2))) is None
+
+
+def test_columns_of_one_row_are_a_run(view: UniversalView) -> None:
+    assert pieces(view, "w", Box((2, 1), (1, 4))) == (WEIGHT[2:3, 1:5] + 40).tobytes()
+
+
+def test_what_is_exchanged_averaged_or_in_the_metadata_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(WEIGHT.tobytes())
+    whole, plain = Box.whole((6, 8)), Chunk(Box.whole((6, 8)), "raw", 0)
+    tensors = {
+        "t": LogicalTensor("t", "t", None, "buffer", "F32", (6, 8), (Chunk(whole, "raw", 0, strides=(1, 6)),)),
+        "m": LogicalTensor("m", "m", None, "buffer", "F32", (6, 8), (plain,), others=((plain,),), average=True),
+        "d": LogicalTensor("d", "d", None, "buffer", "F32", (1,), (Chunk(Box.whole((1,)), "", 0, data=bytes(4)),)),
+        "r": LogicalTensor("r", "r", None, "buffer", "F32", (6, 8), (plain,)),
+    }
+    view = UniversalView(LocalFiles(tmp_path), step=1, generation=1, state={}, tensors=tensors)
+    assert [view.runs(name, Box.whole(tensors[name].shape)) for name in "tmdr"] == [None, None, None, [("raw", 0, 192)]]
+
+
+def test_runs_lack_no_element(tmp_path: Path) -> None:
+    tensor = LogicalTensor("t", "t", None, "buffer", "U8", (4, 4), (Chunk(Box((0, 0), (2, 4)), "raw", 0),))
+    view = UniversalView(LocalFiles(tmp_path), step=1, generation=1, state={}, tensors={"t": tensor})
+    with pytest.raises(CorruptCheckpoint, match="no chunk holds"):
+        view.runs("t", Box.whole((4, 4)))
