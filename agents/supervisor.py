@@ -59,6 +59,8 @@ class Supervisor:
         """True once the warm process was told to fork the current launch."""
         self._closing = False
         self._ended = asyncio.Event()
+        self._save_every_s: float | None = None
+        self._retimed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -86,6 +88,7 @@ class Supervisor:
         self._directive = directive
         if self._launch is not None and self._launch.generation == directive.generation:
             self._launch.forget_saves(directive.committed_step)
+            self._retime(self._launch, directive.launch)
         self._reconcile()
 
     async def close(self) -> None:
@@ -143,8 +146,9 @@ class Supervisor:
             node=self._site.node,
             address=self._site.address,
         )
-        if launch.hosts_store and launch.order.save_every_s is not None:
-            self._spawn(self._save_timer(launch, launch.order.save_every_s))
+        self._save_every_s = launch.order.save_every_s
+        if launch.hosts_store:
+            self._spawn(self._save_timer(launch))
 
     def _stop(self, launch: Launch, reason: str) -> None:
         if launch.stop_ordered:
@@ -183,11 +187,25 @@ class Supervisor:
     def _send_request(self, launch: Launch) -> None:
         self._channel.send(launch.generation, 0, type="save", request=launch.request, pause=launch.pausing)
 
-    async def _save_timer(self, launch: Launch, every_s: float) -> None:
+    def _retime(self, launch: Launch, order: LaunchOrder | None) -> None:
+        """The controller may change its mind about how often a running generation saves."""
+        if order is not None and order.save_every_s != self._save_every_s:
+            self._save_every_s = order.save_every_s
+            log.info("generation %d saves every %s s", launch.generation, order.save_every_s)
+            self._retimed.set()
+
+    async def _save_timer(self, launch: Launch) -> None:
+        asked_s = time.monotonic()
         while not launch.ended:
-            await asyncio.sleep(every_s)
-            if launch.training:
-                self._request_save(launch)
+            self._retimed.clear()
+            every_s = self._save_every_s
+            left_s = None if every_s is None else max(0.0, asked_s + every_s - time.monotonic())
+            try:
+                await asyncio.wait_for(self._retimed.wait(), left_s)
+            except TimeoutError:
+                asked_s = time.monotonic()
+                if launch.training:
+                    self._request_save(launch)
 
     # ------------------------------------------------------------ what is heard
 

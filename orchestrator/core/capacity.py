@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.core.spec import JobSpec
@@ -29,7 +30,12 @@ class Candidate:
 
 def hold_s(candidate: Candidate, settle_s: float, now_s: float) -> float:
     """Seconds for which a returned node is held back: from its second recent loss on, doubled with each."""
-    recent = sum(1 for lost_s in candidate.losses if now_s - lost_s < FLAP_WINDOW_S)
+    return held_s(candidate.losses, settle_s, now_s)
+
+
+def held_s(losses: Sequence[float], settle_s: float, now_s: float) -> float:
+    """Seconds for which a node with these losses (times) is held back when it returns."""
+    recent = sum(1 for lost_s in losses if now_s - lost_s < FLAP_WINDOW_S)
     return 0.0 if recent < 2 else min(MAX_HOLD_S, settle_s * 2.0 ** min(recent - 1, 20))
 
 

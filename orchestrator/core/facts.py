@@ -132,6 +132,17 @@ class IncidentExtended:
 
 
 @dataclass(frozen=True, slots=True)
+class DecisionTaken:
+    """What could have been done in an incident was weighed; `reason` has the numbers."""
+
+    time_s: float
+    number: int
+    choice: str
+    """`wait`, `use spare`, `shrink` or `grow`."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StageBegan:
     """The recovery entered a stage; the one before ends here."""
 
@@ -178,6 +189,7 @@ Fact = (
     | NodeDrained
     | IncidentOpened
     | IncidentExtended
+    | DecisionTaken
     | StageBegan
     | IncidentClosed
     | StopRequested

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from orchestrator.core.facts import (
     CheckpointRecorded,
     CheckpointRejected,
+    DecisionTaken,
     Fact,
     GenerationEnded,
     GenerationRan,
@@ -39,6 +40,8 @@ class Incident:
     from_nodes: int
     failed_step: int = 0
     marks: list[tuple[float, str]] = field(default_factory=list)
+    decision: str = ""
+    """What was weighed against what, in numbers; the last word of several."""
     to: Generation | None = None
     closed_s: float | None = None
 
@@ -99,6 +102,8 @@ class History:
     """Nodes given up and not yet back -> reason."""
     losses: dict[str, list[float]] = field(default_factory=dict)
     """Node -> times at which it was given up: flapping nodes are held back longer."""
+    returns: list[float] = field(default_factory=list)
+    """Seconds that lost nodes stayed away, in the order in which they came back."""
     drained: set[str] = field(default_factory=set)
     incidents: list[Incident] = field(default_factory=list)
     stop_requested: bool = False
@@ -152,13 +157,15 @@ class History:
                 self.losses.setdefault(fact.node, []).append(fact.time_s)
             case NodeReturned():
                 self.lost.pop(fact.node, None)
+                if self.losses.get(fact.node):
+                    self.returns.append(fact.time_s - self.losses[fact.node][-1])
             case NodeDrained():
                 (self.drained.add if fact.drained else self.drained.discard)(fact.node)
             case StopRequested():
                 self.stop_requested = True
             case JobEnded():
                 self.ended, self.live, self.stopping = fact, False, None
-            case IncidentOpened() | IncidentExtended() | StageBegan() | IncidentClosed():
+            case IncidentOpened() | IncidentExtended() | DecisionTaken() | StageBegan() | IncidentClosed():
                 self._apply_incident(fact)
 
     def _start(self, fact: GenerationStarted) -> None:
@@ -184,7 +191,9 @@ class History:
         if self.incident:
             self.incident.failed_step = max(self.incident.failed_step, fact.step)
 
-    def _apply_incident(self, fact: IncidentOpened | IncidentExtended | StageBegan | IncidentClosed) -> None:
+    def _apply_incident(
+        self, fact: IncidentOpened | IncidentExtended | DecisionTaken | StageBegan | IncidentClosed
+    ) -> None:
         if isinstance(fact, IncidentOpened):
             running = self.generation if self.live else None
             self.incidents.append(
@@ -202,6 +211,8 @@ class History:
         match fact:
             case IncidentExtended():
                 incident.cause = fact.cause if fact.instead else f"{incident.cause}; then {fact.cause}"
+            case DecisionTaken():
+                incident.decision = fact.reason
             case StageBegan():
                 incident.marks.append((fact.time_s, fact.stage))
             case IncidentClosed():

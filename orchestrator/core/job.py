@@ -8,13 +8,14 @@ most a few transitions. What must survive a restart becomes a fact (`Record`); `
 
 from __future__ import annotations
 
-from orchestrator.core import capacity
+from orchestrator.core import capacity, policy, rates
 from orchestrator.core.commands import (
     Command,
     FenceCheckpoints,
     PrepareCheckpoint,
     PruneCheckpoints,
 )
+from orchestrator.core.decision import Decision, Option, after_loss
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointPrepared,
@@ -145,7 +146,7 @@ class Job(LiveJob):
         elif self._growing:
             self._consider_growth(event.plan, request.nodes)
         else:
-            self._chosen = (event.plan, event.assignment)
+            self._chosen, self._planned_for = (event.plan, event.assignment), request.nodes
 
     def _observe_prepared(self, event: CheckpointPrepared | CheckpointUnusable) -> None:
         request = self._preparing
@@ -174,6 +175,7 @@ class Job(LiveJob):
                 kept.append(history.generation.checkpoint_path)
             self._emit(PruneCheckpoints(history.spec.checkpoint.keep_last, tuple(kept), history.number))
             self._push()
+            self._consider_interval()
 
     # ------------------------------------------------------------------ transitions
 
@@ -199,8 +201,15 @@ class Job(LiveJob):
             self._finish(Phase.FAILED, f"stopped by order; the newest checkpoint is of step {history.committed_step}")
             return
         nodes = capacity.choose(self._candidates(), spec, self.now_s, self._last_names())
+        if self._patient and nodes != self._planned_for:
+            self._patient, self._chosen = False, None  # somebody came or went meanwhile: plan anew
         if self._chosen is not None:
-            self._take_plan(self._chosen)
+            waiting = self._worth_waiting(*self._chosen)
+            self._patient = waiting is not None
+            if waiting is not None:
+                self.reason = waiting
+            else:
+                self._take_plan(self._chosen)
             return
         if (reason := self._why_not_plan(nodes)) is not None:
             self.reason = reason
@@ -231,9 +240,28 @@ class Job(LiveJob):
             return f"the controller has just started: waiting for {', '.join(absent)} to register again"
         patience_s = spec.recovery.wait_for_replacement_s
         losses = [lost[-1] for node, lost in history.losses.items() if node in history.lost]
-        if len(nodes) < before and losses and self.now_s - max(losses) < patience_s:
+        if patience_s is not None and len(nodes) < before and losses and self.now_s - max(losses) < patience_s:
             return f"waiting up to {patience_s:g} s for a replacement: {len(nodes)} of {before} nodes are left"
         return None
+
+    def _worth_waiting(self, plan: Plan, assignment: Assignment) -> str | None:
+        """Why the plan for what is left is not taken yet: the lost nodes are expected back soon enough."""
+        history, last = self.history, self.history.generation
+        if last is None or history.spec.recovery.wait_for_replacement_s is not None:
+            return None
+        away = [name for name in last.assignment.names if name in history.lost and name not in history.drained]
+        if not away:
+            return None
+        horizon_s = rates.mtbf_s(history, len(assignment.nodes), self.now_s)
+        if plan.mesh.world_size >= last.plan.mesh.world_size:
+            joining = sorted(set(assignment.names) - set(last.assignment.names))
+            replaced = f"{', '.join(joining)} for {', '.join(away)}" if joining else "all devices are used again"
+            self._decide(Decision(Option("use spare", horizon_s, replaced), (), horizon_s))
+            return None
+        wait_s = rates.return_s(history, away, self.now_s)
+        decision = after_loss(last.plan, plan, wait_s=wait_s, switch_s=policy.switch_s(history), horizon_s=horizon_s)
+        self._decide(decision)
+        return f"waiting for {', '.join(away)}: {decision.reason}" if decision.chosen.name == "wait" else None
 
     def _take_plan(self, chosen: tuple[Plan, Assignment]) -> None:
         """The plan is there: prepare its checkpoint, unless the nodes have changed meanwhile."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.core import capacity, policy
+from orchestrator.core import capacity, policy, rates
+from orchestrator.core.decision import Decision
 from orchestrator.core.facts import (
     GenerationEnded,
     GenerationRan,
@@ -137,16 +138,21 @@ class LiveJob(JobState):
         if not history.live or history.stopping or history.ran_s is None or history.generation is None:
             return
         current = history.generation
-        decision = policy.worth_switching(current.plan, proposed, policy.switch_s(history), history.spec)
-        if not decision.yes:
+        horizon_s = rates.mtbf_s(history, len(nodes), self.now_s)
+        decision = policy.growth(
+            current.plan, proposed, history.spec, cost_s=policy.switch_s(history), horizon_s=horizon_s
+        )
+        if decision.chosen.name == "stay":
             self._declined = (nodes, decision.reason)
             return
         joining = sorted({one.node for one in nodes} - set(current.assignment.names))
-        self._change(f"capacity grew: {', '.join(joining)} joined ({decision.reason})")
+        self._change(f"capacity grew: {', '.join(joining)} joined", decision)
 
-    def _change(self, cause: str) -> None:
+    def _change(self, cause: str, decision: Decision | None = None) -> None:
         """A planned change: the workers save at the next agreed step and exit by themselves."""
         self._open_incident(cause, self.now_s, 0.0)
+        if decision is not None:
+            self._decide(decision)
         self._record(GenerationStopping(self.now_s, self.history.number, cause, planned=True))
         self.reason = f"saving before a change of plan: {cause}"
         self._push()

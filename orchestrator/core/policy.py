@@ -1,16 +1,14 @@
-"""Is a change worth making? Budgets for failures, and growth weighed against what switching costs."""
+"""What a switch costs, whether to grow, and when to give up."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
+from orchestrator.core.decision import Decision, on_joining, speed
 from orchestrator.core.history import History
 from orchestrator.core.spec import FailureClass, JobSpec
 from orchestrator.core.types import Plan
 
-GROWTH_HORIZON_S = 1800.0
-"""Time for which a gain is expected to last: published rates lose a node of a large job every few hours, so half an
-hour is a cautious guess until the observed failure rate replaces it."""
 DEFAULT_SWITCH_S = 30.0
 """Cost of a switch before one has been measured."""
 PREFERENCE_FLOOR = 0.9
@@ -19,39 +17,22 @@ FRUITLESS_GENERATIONS = 3
 """Generations in a row without progress that end the job."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Yes or no, and why."""
-
-    yes: bool
-    reason: str
-
-
 def switch_s(history: History) -> float:
     """Seconds that a switch costs: the median of the last recoveries, or a guess before the first."""
     seconds = sorted(sum(one.stages_s(0.0).values()) for one in history.incidents[-5:] if one.closed_s is not None)
     return seconds[len(seconds) // 2] if seconds else DEFAULT_SWITCH_S
 
 
-def worth_switching(
-    current: Plan, proposed: Plan, cost_s: float, spec: JobSpec, horizon_s: float = GROWTH_HORIZON_S
-) -> Decision:
-    """Is `proposed` faster by more than the switch costs within the horizon?
-
-    Gain = horizon * (1 - 1 / speed-up); the speed-up is the ratio of the estimated step times, or of the device counts
-    where a plan has no estimate. A size that the job file prefers is worth a loss of a tenth.
-    """
-    if current.step_s > 0 and proposed.step_s > 0:
-        speed_up = current.step_s / proposed.step_s
-    else:
-        speed_up = proposed.mesh.world_size / current.mesh.world_size
+def growth(current: Plan, proposed: Plan, spec: JobSpec, *, cost_s: float, horizon_s: float) -> Decision:
+    """Grow or stay? A size that the job file prefers is worth a loss of a tenth of the speed."""
+    weighed = on_joining(current, proposed, switch_s=cost_s, horizon_s=horizon_s)
     wished = sorted(_preferred(proposed, spec) - _preferred(current, spec))
-    if wished and speed_up >= PREFERENCE_FLOOR:
-        sizes = ", ".join(f"{axis} {spec.parallelism[axis].prefer}" for axis in wished)
-        return Decision(True, f"the preferred {sizes} is possible again, at {speed_up:.2f}x the speed by estimate")
-    gain_s = horizon_s * (1 - 1 / speed_up)
-    numbers = f"{speed_up:.2f}x the speed for {horizon_s:.0f} s saves {gain_s:.0f} s, switching costs {cost_s:.0f} s"
-    return Decision(gain_s > cost_s, numbers)
+    faster = speed(proposed, current)
+    if weighed.chosen.name == "grow" or not wished or faster < PREFERENCE_FLOOR:
+        return weighed
+    sizes = ", ".join(f"{axis} {spec.parallelism[axis].prefer}" for axis in wished)
+    grow, stay = weighed.others[0], weighed.chosen
+    return Decision(replace(grow, how=f"{grow.how}; the preferred {sizes} is possible again"), (stay,), horizon_s)
 
 
 def _preferred(plan: Plan, spec: JobSpec) -> set[str]:

@@ -66,13 +66,23 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class AutoInterval:
+    """Bounds of an interval between checkpoints that is chosen while the job runs."""
+
+    least_s: float = 10.0
+    most_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSpec:
-    """Where and how often checkpoints are written, and how many are kept. Exactly one interval is set, or none."""
+    """Where and how often checkpoints are written, and how many are kept. At most one interval is set."""
 
     uri: str
     every_s: float | None = None
     every_steps: int | None = None
     keep_last: int = 3
+    auto: AutoInterval | None = None
+    """As often as loses least, from what saves cost and how often the job fails."""
 
 
 def default_budgets() -> dict[FailureClass, Budget]:
@@ -99,8 +109,8 @@ class RecoverySpec:
     """A generation that has not completed its first step after this long has failed."""
     settle_s: float = 2.0
     """Capacity changes within this window are answered by one plan."""
-    wait_for_replacement_s: float = 0.0
-    """How long a lost node is waited for before shrinking."""
+    wait_for_replacement_s: float | None = None
+    """How long a lost node is waited for before shrinking; None = by expected cost."""
     budgets: dict[FailureClass, Budget] = field(default_factory=default_budgets)
 
 

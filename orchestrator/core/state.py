@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import capacity
+from orchestrator.core import capacity, interval, rates
 from orchestrator.core.commands import (
     Command,
     CommitCheckpoint,
@@ -11,7 +11,9 @@ from orchestrator.core.commands import (
     Push,
     Record,
 )
+from orchestrator.core.decision import Decision
 from orchestrator.core.facts import (
+    DecisionTaken,
     Fact,
     IncidentExtended,
     IncidentOpened,
@@ -50,12 +52,16 @@ class JobState:
         """Number of the last save that a user ordered in this generation; forgotten when the controller restarts."""
         self.loss: tuple[int, float] | None = None
         """Newest (step, loss)."""
+        self.save_every = interval.first(history.spec.checkpoint.auto) if history.spec.checkpoint.auto else None
+        """How often to save, where the job file leaves it open."""
         self._assigned: frozenset[str] = (
             frozenset(history.generation.assignment.names) if history.generation else frozenset()
         )
         """Nodes of the newest generation, as a set."""
         self._failed: frozenset[str] = frozenset()
         """Nodes of the live generation whose workers have failed."""
+        self._save_costs: list[tuple[float, float]] = []
+        """(Stall, write) seconds of the last saves of this controller's time."""
         self._commands: list[Command] = []
         self._requests = 0
         self._planning: MakePlan | None = None
@@ -63,6 +69,10 @@ class JobState:
         self._no_plan: tuple[tuple[NodeCapacity, ...], str] | None = None
         self._declined: tuple[tuple[NodeCapacity, ...], str] | None = None
         self._chosen: tuple[Plan, Assignment] | None = None
+        self._planned_for: tuple[NodeCapacity, ...] = ()
+        """The nodes that the chosen plan was asked for."""
+        self._patient = False
+        """True while a chosen plan waits for lost nodes to return."""
         self._preparing: PrepareCheckpoint | None = None
         self._quiet_since_s = now_s
         """When the set of usable nodes last changed."""
@@ -124,7 +134,7 @@ class JobState:
             entrypoint=spec.entrypoint,
             checkpoint_uri=spec.checkpoint.uri,
             checkpoint_path=history.generation.checkpoint_path,
-            save_every_s=spec.checkpoint.every_s,
+            save_every_s=self.save_every.seconds if self.save_every else spec.checkpoint.every_s,
             save_every_steps=spec.checkpoint.every_steps,
             store=self._store(),
             seed=spec.seed,
@@ -161,7 +171,20 @@ class JobState:
             return
         for step, parts in self.saves.complete(history.generation.plan.mesh.world_size):
             self.saves.committing.add(step)
+            self._save_costs = [*self._save_costs, interval.cost(parts)][-interval.REMEMBERED :]
             self._emit(CommitCheckpoint(history.number, step, history.generation.plan.mesh.world_size, parts))
+
+    def _consider_interval(self) -> None:
+        """What saves cost and how often the job fails say how often to save, where the job file leaves that open."""
+        auto, generation = self.history.spec.checkpoint.auto, self.history.generation
+        if auto is None or self.save_every is None or generation is None or not self._save_costs:
+            return
+        stall_s, write_s = interval.typical(self._save_costs)
+        tier = interval.Tier(stall_s, write_s, rates.mtbf_s(self.history, len(generation.assignment.nodes), self.now_s))
+        wanted = interval.save_every(tier, auto.least_s, auto.most_s)
+        if not 1 / interval.CHANGE < wanted.seconds / self.save_every.seconds < interval.CHANGE:
+            self.save_every = wanted
+            self._push()
 
     # ------------------------------------------------------------------ small parts
 
@@ -196,6 +219,12 @@ class JobState:
         number = len(self.history.incidents) + 1
         self._record(IncidentOpened(since_s, number, cause, detect_s))
         self._record(StageBegan(since_s, number, "decide"))
+
+    def _decide(self, decision: Decision) -> None:
+        """Note in the incident what was weighed, when another option is the best than before."""
+        incident = self.history.incident
+        if incident is not None and not incident.decision.startswith(decision.chosen.name):
+            self._record(DecisionTaken(self.now_s, incident.number, decision.chosen.name, decision.reason))
 
     def _extend(self, cause: str, *, instead: bool = False) -> None:
         incident = self.history.incident

@@ -76,6 +76,8 @@ class IncidentStatus:
     """Highest step seen before the generation ended."""
     resumed_step: int | None
     """Step of the checkpoint that training went on from (0 = from scratch)."""
+    decision: str = ""
+    """What was weighed against what, in numbers; empty where there was nothing to choose."""
 
     @property
     def recovery_s(self) -> float:
@@ -133,3 +135,5 @@ class JobStatus:
     failure: FailureStatus | None
     time_s: float
     """Unix time of this view."""
+    saving: str = ""
+    """How often checkpoints are written and why, where the job file leaves it open."""

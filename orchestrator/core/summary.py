@@ -27,6 +27,7 @@ def summarize(job: Job) -> JobStatus:
         incidents=tuple(_incident(incident, job.now_s) for incident in history.incidents),
         failure=history.ended.failure if history.ended else None,
         time_s=job.now_s,
+        saving=job.save_every.reason if job.save_every else "",
     )
 
 
@@ -65,4 +66,5 @@ def _incident(incident: Incident, now_s: float) -> IncidentStatus:
         stages_s=incident.stages_s(now_s),
         failed_step=incident.failed_step,
         resumed_step=resumed,
+        decision=incident.decision,
     )

@@ -218,7 +218,7 @@ class _LocalRun:
         now_s = time.monotonic()
         self._waiting_since_s = self._waiting_since_s or now_s
         recovery = self._spec.recovery
-        limit_s = STUCK_AFTER_S + recovery.wait_for_replacement_s + recovery.settle_s + recovery.lost_after_s
+        limit_s = STUCK_AFTER_S + (recovery.wait_for_replacement_s or 0.0) + recovery.settle_s + recovery.lost_after_s
         if now_s - self._waiting_since_s > limit_s:
             raise JobFailed(
                 f"job {status.name} has waited {limit_s:.0f} s at step {status.step} and no node can join any more "

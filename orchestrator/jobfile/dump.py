@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic.alias_generators import to_camel
 
-from orchestrator.core.spec import JobSpec, RecoverySpec
+from orchestrator.core.spec import CheckpointSpec, JobSpec, RecoverySpec
 
 
 def dump(spec: JobSpec) -> str:
@@ -24,7 +24,7 @@ def dump(spec: JobSpec) -> str:
         "parallelism": {axis: _given(asdict(bounds)) for axis, bounds in spec.parallelism.items()},
         "checkpoint": {
             "uri": spec.checkpoint.uri,
-            "interval": _interval(spec.checkpoint.every_s, spec.checkpoint.every_steps),
+            "interval": _interval(spec.checkpoint),
             "keep": {"last": spec.checkpoint.keep_last},
         },
         "recovery": _recovery(spec.recovery),
@@ -33,7 +33,7 @@ def dump(spec: JobSpec) -> str:
         "environment": dict(spec.environment),
     }
     if spec.model is not None:
-        body["model"] = {to_camel(name): value for name, value in asdict(spec.model).items()}
+        body["model"] = {to_camel(name): value for name, value in _given(asdict(spec.model)).items()}
     whole = {"apiVersion": "regrow.dev/v1alpha1", "kind": "TrainingJob", "metadata": {"name": spec.name}, "spec": body}
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
 
@@ -46,20 +46,24 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
 
 
-def _interval(every_s: float | None, every_steps: int | None) -> str:
-    if every_steps is not None:
-        return f"{every_steps} steps"
-    return "auto" if every_s is None else _duration(every_s)
+def _interval(checkpoint: CheckpointSpec) -> Any:
+    if checkpoint.every_steps is not None:
+        return f"{checkpoint.every_steps} steps"
+    if checkpoint.every_s is not None:
+        return _duration(checkpoint.every_s)
+    auto = checkpoint.auto
+    return "auto" if auto is None else {"min": _duration(auto.least_s), "max": _duration(auto.most_s)}
 
 
 def _recovery(recovery: RecoverySpec) -> dict[str, Any]:
+    patience_s = recovery.wait_for_replacement_s
     return {
         "heartbeat": _duration(recovery.heartbeat_s),
         "lostAfter": _duration(recovery.lost_after_s),
         "hangAfter": "auto" if recovery.hang_after_s is None else _duration(recovery.hang_after_s),
         "startWithin": _duration(recovery.start_within_s),
         "settle": _duration(recovery.settle_s),
-        "waitForReplacement": _duration(recovery.wait_for_replacement_s),
+        "waitForReplacement": "auto" if patience_s is None else _duration(patience_s),
         "budgets": {
             kind.value: {"failures": budget.failures, "window": _duration(budget.window_s)}
             for kind, budget in recovery.budgets.items()

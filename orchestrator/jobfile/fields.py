@@ -8,11 +8,15 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from orchestrator.core.spec import AutoInterval
+
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*(ms|s|m|h|d)")
 _STEPS = re.compile(r"(\d{1,12})\s*steps?")
 MAX_SIZE = 1_000_000
 """Largest axis, node or layer count: far beyond any machine, near enough to keep arithmetic small."""
+LEAST_S, MOST_S = AutoInterval().least_s, AutoInterval().most_s
+"""Bounds of an automatic interval between checkpoints where the job file gives none."""
 
 
 def refuse(expected: str, value: Any) -> PydanticCustomError:
@@ -61,17 +65,37 @@ def _auto(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-def interval(value: Any) -> tuple[float | None, int | None]:
-    """(seconds, steps) between two checkpoints, exactly one set; `auto` is every 30 seconds."""
-    if value == "auto":
-        return 30.0, None
+def interval(value: Any) -> tuple[float | None, int | None, tuple[float, float] | None]:
+    """(seconds, steps, bounds in seconds of an automatic interval) between two checkpoints, exactly one set.
+
+    `auto` and `{min: 10s, max: 1h}` are chosen while the job runs.
+    """
+    if value == "auto" or isinstance(value, dict):
+        return None, None, _auto_interval({} if value == "auto" else value)
     steps = _STEPS.fullmatch(value.strip()) if isinstance(value, str) else None
     if steps and int(steps[1]) > 0:
-        return None, int(steps[1])
+        return None, int(steps[1]), None
     seconds = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
     if seconds is None or float(seconds[1]) <= 0:
-        raise refuse('auto, a number of steps such as "20 steps", or a duration such as 30s', value)
-    return duration_s(value), None
+        raise refuse(_INTERVALS, value)
+    return duration_s(value), None, None
+
+
+_INTERVALS = 'auto, bounds such as {min: 30s, max: 10m}, a number of steps such as "20 steps", or a time such as 30s'
+
+
+def _auto_interval(given: dict[Any, Any]) -> tuple[float, float]:
+    if not given.keys() <= {"min", "max"}:
+        raise refuse(_INTERVALS, given)
+    least_s = _positive_duration_s(given["min"]) if "min" in given else min(LEAST_S, _most_s(given))
+    most_s = _most_s(given) if "max" in given else max(MOST_S, least_s)
+    if most_s < least_s:
+        raise refuse("bounds with min at most max", given)
+    return least_s, most_s
+
+
+def _most_s(given: dict[Any, Any]) -> float:
+    return float(_positive_duration_s(given["max"])) if "max" in given else MOST_S
 
 
 def bounds(value: Any) -> Any:
@@ -117,7 +141,7 @@ AutoDuration = Annotated[float | None, BeforeValidator(_auto_positive_duration_s
 """Seconds above zero; None = auto."""
 AutoWait = Annotated[float | None, BeforeValidator(_auto_duration_s), _TEXT]
 """Seconds, zero allowed; None = auto."""
-Interval = Annotated[tuple[float | None, int | None], BeforeValidator(interval), _TEXT]
+Interval = Annotated[tuple[float | None, int | None, tuple[float, float] | None], BeforeValidator(interval), _TEXT]
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 AutoSize = Annotated[Size | None, BeforeValidator(_auto)]
 """A size; None = auto."""

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from orchestrator.core.errors import InvalidInput
 from orchestrator.core.spec import (
+    AutoInterval,
     AxisBounds,
     Budget,
     CheckpointSpec,
@@ -121,8 +122,9 @@ def _entrypoint(keys: EntrypointKeys, base: Path) -> Entrypoint:
 
 
 def _checkpoint(keys: CheckpointKeys, base: Path) -> CheckpointSpec:
-    every_s, every_steps = keys.interval
-    return CheckpointSpec(_uri(keys.uri, base), every_s, every_steps, keys.keep.last)
+    every_s, every_steps, bounds = keys.interval
+    auto = AutoInterval(*bounds) if bounds else None
+    return CheckpointSpec(_uri(keys.uri, base), every_s, every_steps, keys.keep.last, auto)
 
 
 def _uri(uri: str, base: Path) -> str:
@@ -204,7 +206,7 @@ def _recovery(keys: RecoveryKeys) -> RecoverySpec:
         hang_after_s=keys.hang_after,
         start_within_s=keys.start_within,
         settle_s=keys.settle,
-        wait_for_replacement_s=keys.wait_for_replacement or 0.0,
+        wait_for_replacement_s=keys.wait_for_replacement,
         budgets=_budgets(keys.budgets),
     )
 

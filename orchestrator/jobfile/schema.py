@@ -8,7 +8,9 @@ from pydantic import AliasChoices, AliasGenerator, BaseModel, BeforeValidator, C
 from pydantic.alias_generators import to_camel
 
 from orchestrator.jobfile.fields import (
+    LEAST_S,
     MAX_SIZE,
+    MOST_S,
     Argument,
     AutoCount,
     AutoDuration,
@@ -71,6 +73,12 @@ class ModelKeys(Keys):
     seq_length: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     tied_embeddings: bool | None = None
     gated_ffn: bool | None = None
+    head_size: Size | None = None
+    experts: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
+    experts_per_token: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
+    expert_hidden: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
+    shared_hidden: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
+    dense_layers: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
 
 
 class BatchKeys(Keys):
@@ -113,11 +121,14 @@ class KeepKeys(Keys):
 
 
 class CheckpointKeys(Keys):
-    """Where (`file:///folder` or a path), how often (`auto`, `"20 steps"`, `30s`) and how many checkpoints."""
+    """Where (`file:///folder` or a path), how often and how many checkpoints.
+
+    `interval`: `auto`, `{min: 30s, max: 10m}` (auto within bounds), `"20 steps"` or `30s`.
+    """
 
     uri: Place
     format: Literal["native"] = "native"
-    interval: Interval = (30.0, None)
+    interval: Interval = (None, None, (LEAST_S, MOST_S))
     keep: KeepKeys = KeepKeys()
     replicas: Literal[1] = 1
 

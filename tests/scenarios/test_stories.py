@@ -33,7 +33,7 @@ def spec(**settings: str) -> JobSpec:
             lost_after_s=6.0,
             hang_after_s=8.0,
             settle_s=2.0,
-            wait_for_replacement_s=float(settings.get("replacement", 0)),
+            wait_for_replacement_s=float(settings["replacement"]) if "replacement" in settings else None,
             budgets=budgets,
         ),
     )

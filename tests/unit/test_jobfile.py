@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator import jobfile
 from orchestrator.core.errors import InvalidInput
-from orchestrator.core.spec import AxisBounds, Budget, FailureClass, JobSpec, ModelSpec
+from orchestrator.core.spec import AutoInterval, AxisBounds, Budget, FailureClass, JobSpec, ModelSpec
 
 FULL = """
 apiVersion: regrow.dev/v1alpha1
@@ -91,13 +91,14 @@ def test_the_example_of_the_design(folder: Path) -> None:
     }
     assert (spec.checkpoint.uri, spec.checkpoint.every_s, spec.checkpoint.every_steps) == (
         "file:///ckpt/gpt",
-        30.0,
+        None,
         None,
     )
+    assert spec.checkpoint.auto == AutoInterval()
     assert spec.recovery.settle_s == 0.5
     assert spec.recovery.start_within_s == 120.0
     assert spec.recovery.hang_after_s is None
-    assert spec.recovery.wait_for_replacement_s == 0.0
+    assert spec.recovery.wait_for_replacement_s is None
     assert spec.recovery.budgets[FailureClass.USER] == Budget(1, 3600.0)
     assert spec.recovery.budgets[FailureClass.HARDWARE] == Budget(7, 1800.0)
     assert spec.recovery.budgets[FailureClass.UNKNOWN] == Budget(10, 3600.0)
@@ -116,7 +117,7 @@ def test_the_shortest_job(folder: Path) -> None:
     assert spec.model is None
     assert spec.parallelism == {}
     assert spec.checkpoint.uri == str(folder / "ckpt")
-    assert spec.checkpoint.every_s == 30.0
+    assert (spec.checkpoint.every_s, spec.checkpoint.auto) == (None, AutoInterval())
 
 
 def test_json_and_yaml_say_the_same(folder: Path) -> None:
@@ -125,11 +126,35 @@ def test_json_and_yaml_say_the_same(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("interval", "every_s", "every_steps"),
-    [("auto", 30.0, None), ("20 steps", None, 20), ("1 step", None, 1), ("5s", 5.0, None), ("1.5m", 90.0, None)],
+    [("20 steps", None, 20), ("1 step", None, 1), ("5s", 5.0, None), ("1.5m", 90.0, None)],
 )
 def test_intervals(folder: Path, interval: str, every_s: float | None, every_steps: int | None) -> None:
     checkpoint = parse(changed("spec.checkpoint.interval", interval), folder).checkpoint
-    assert (checkpoint.every_s, checkpoint.every_steps) == (every_s, every_steps)
+    assert (checkpoint.every_s, checkpoint.every_steps, checkpoint.auto) == (every_s, every_steps, None)
+
+
+@pytest.mark.parametrize(
+    ("interval", "least_s", "most_s"),
+    [
+        ("auto", 10.0, 3600.0),
+        ({"min": "30s", "max": "10m"}, 30.0, 600.0),
+        ({"max": "5s"}, 5.0, 5.0),
+        ({"min": "2h"}, 7200.0, 7200.0),
+        ({}, 10.0, 3600.0),
+    ],
+)
+def test_intervals_left_open(folder: Path, interval: Any, least_s: float, most_s: float) -> None:
+    spec = parse(changed("spec.checkpoint.interval", interval), folder)
+    checkpoint = spec.checkpoint
+    assert (checkpoint.every_s, checkpoint.every_steps) == (None, None)
+    assert checkpoint.auto == AutoInterval(least_s, most_s)
+    assert jobfile.parse(jobfile.dump(spec), folder) == spec
+
+
+@pytest.mark.parametrize("interval", [{"min": "1h", "max": "1m"}, {"least": "1s"}, {"min": 3}, {"max": "0s"}])
+def test_bounds_of_intervals_that_make_no_sense(folder: Path, interval: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"spec\.checkpoint\.interval"):
+        parse(changed("spec.checkpoint.interval", interval), folder)
 
 
 def test_fixed_values_where_auto_could_stand(folder: Path) -> None:
@@ -214,7 +239,7 @@ def test_a_working_directory_of_its_own(folder: Path) -> None:
         ("spec.recovery.heartbeat", "0s", "spec.recovery.heartbeat must be a duration above zero, not '0s'"),
         ("spec.recovery.heartbeat", "-1s", "spec.recovery.heartbeat must be a duration"),
         ("spec.recovery.heartbeat", "10s", "spec.recovery.lostAfter (10s) must exceed heartbeat (10s)"),
-        ("spec.checkpoint.interval", 20, 'spec.checkpoint.interval must be auto, a number of steps such as "20 steps"'),
+        ("spec.checkpoint.interval", 20, "spec.checkpoint.interval must be auto, bounds such as {min: 30s, max: 10m}"),
         ("spec.checkpoint.interval", "0 steps", "spec.checkpoint.interval must be auto"),
         ("spec.checkpoint.interval", "0s", "spec.checkpoint.interval must be auto"),
         # names and places

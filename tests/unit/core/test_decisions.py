@@ -3,11 +3,13 @@
 import pytest
 
 from orchestrator.core.capacity import Candidate, choose, hold_s, settled
+from orchestrator.core.decision import after_loss
 from orchestrator.core.facts import GenerationEnded, GenerationStarted, JobAccepted
 from orchestrator.core.failure import root_cause
 from orchestrator.core.health import Signals, verdict
 from orchestrator.core.history import History, replay
-from orchestrator.core.policy import exhausted, worth_switching
+from orchestrator.core.policy import exhausted, growth
+from orchestrator.core.rates import mtbf_s, remaining_s
 from orchestrator.core.spec import AxisBounds, Budget, CheckpointSpec, FailureClass, JobSpec, RecoverySpec
 from orchestrator.core.status import Health
 from orchestrator.core.types import (
@@ -161,18 +163,64 @@ def plan(devices: int, step_s: float = 0.0) -> Plan:
     return Plan(Mesh(dp_shard=devices), BatchSplit(48, 48, 1, (48,)), step_s=step_s)
 
 
+def growth_is(current: Plan, proposed: Plan, spec: JobSpec, cost_s: float) -> tuple[str, str]:
+    decision = growth(current, proposed, spec, cost_s=cost_s, horizon_s=1800.0)
+    return decision.chosen.name, decision.reason
+
+
 def test_growth_is_weighed_against_its_cost() -> None:
-    assert worth_switching(plan(3), plan(4), 10.0, spec()).yes
-    assert not worth_switching(plan(3), plan(4), 1e6, spec()).yes
-    same = worth_switching(plan(3, 1.0), plan(4, 1.0), 1.0, spec())
-    assert not same.yes
-    assert "1.00x" in same.reason
+    assert growth_is(plan(3), plan(4), spec(), 10.0) == (
+        "grow",
+        "grow (switching costs 10 s) 1790 s of useful training in the next 1800 s, against stay (at 0.75x the speed) "
+        "1350 s",
+    )
+    assert growth_is(plan(3), plan(4), spec(), 460.0)[0] == "stay"
+    assert growth_is(plan(3, 1.0), plan(4, 1.0), spec(), 0.0)[0] == "stay"
 
 
 def test_a_preferred_size_is_worth_a_tenth_of_the_speed_and_no_more() -> None:
     wish = spec(parallelism={"dp_shard": AxisBounds(1, 8, prefer=4)})
-    back = worth_switching(plan(3, 1.0), plan(4, 1.05), 1.0, wish)
-    assert back.yes
-    assert "preferred dp_shard 4 is possible again" in back.reason
-    assert not worth_switching(plan(3, 1.0), plan(4, 1.2), 1.0, wish).yes
-    assert not worth_switching(plan(4, 1.0), plan(4, 1.05), 1.0, wish).yes
+    name, reason = growth_is(plan(3, 1.0), plan(4, 1.05), wish, 1.0)
+    assert name == "grow"
+    assert "preferred dp_shard 4 is possible again" in reason
+    assert growth_is(plan(3, 1.0), plan(4, 1.2), wish, 1.0)[0] == "stay"
+    assert growth_is(plan(4, 1.0), plan(4, 1.05), wish, 1.0)[0] == "stay"
+
+
+def test_a_lost_node_is_waited_for_while_less_is_trained_without_it_than_growing_costs_later() -> None:
+    def best(wait_s: float | None, switch_s: float, left: int = 3) -> str:
+        decision = after_loss(plan(4), plan(left), wait_s=wait_s, switch_s=switch_s, horizon_s=3600.0)
+        return decision.chosen.name
+
+    assert best(10.0, 30.0) == "wait"  # 7.5 s of training at full speed, or a switch of 30 s
+    assert best(39.0, 30.0) == "wait"
+    assert best(41.0, 30.0) == "shrink"
+    assert best(41.0, 30.0, left=1) == "wait"  # with a quarter of the speed waiting costs less
+    assert best(None, 30.0) == "shrink"
+    assert best(4000.0, 1e9) == "shrink"  # it will be interrupted before they are back
+
+
+def test_after_a_loss_the_numbers_are_said() -> None:
+    decision = after_loss(plan(4), plan(3), wait_s=100.0, switch_s=30.0, horizon_s=3600.0)
+    assert decision.reason == (
+        "shrink (at 0.75x the speed, growing costs 30 s) 3545 s of useful training in the next 3600 s, "
+        "against wait (a return takes 100 s) 3500 s"
+    )
+
+
+def test_nodes_that_are_away_longer_than_ever_are_not_expected() -> None:
+    assert remaining_s([10.0, 20.0, 60.0], 0.0) == 30.0
+    assert remaining_s([10.0, 20.0, 60.0], 15.0) == (10.0 + 5.0 + 45.0) / 3
+    assert remaining_s([10.0, 20.0, 60.0], 60.0) == 60.0
+    assert remaining_s([10.0, 20.0, 60.0], 120.0) is None
+    assert remaining_s([], 0.0) is None
+
+
+def test_the_time_to_the_next_interruption_is_learnt() -> None:
+    day_s = 86400.0
+    fresh = history()
+    assert mtbf_s(fresh, 4, 0.0) == day_s  # the published rate of four nodes is far above a day
+    assert mtbf_s(fresh, 4096, 0.0) == pytest.approx(264 * day_s / 4096)
+    assert mtbf_s(fresh, 4, 3 * day_s) == 7 * day_s
+    many = history(*[ended(float(at), FailureClass.HARDWARE, step=at) for at in range(1, 101)])
+    assert mtbf_s(many, 4, 100 * 1000.0) == pytest.approx(1000.0, rel=0.5)
