@@ -109,7 +109,13 @@ class UniversalView:
                 return None
             begin = chunk.begin + _skipped(copy.source, strides) * tensor.item_bytes
             found.append((start, chunk.file, begin, copy.source.elements * tensor.item_bytes))
-        return [piece[1:] for piece in sorted(found)]
+        runs: list[tuple[str, int, int]] = []
+        for _, file, begin, count in sorted(found):
+            if runs and runs[-1][0] == file and runs[-1][1] + runs[-1][2] == begin:
+                runs[-1] = (file, runs[-1][1], runs[-1][2] + count)
+            else:
+                runs.append((file, begin, count))
+        return runs
 
     def read_replica(self, name: str, index: int, box: Box, out: Any) -> None:
         """Fill `out` from one copy alone: the `index`-th of the tensor's `others`, or with -1 the first copy, which the
