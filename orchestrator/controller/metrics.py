@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from orchestrator.core.facts import CheckpointRecorded, Fact, GenerationEnded, IncidentClosed
+from orchestrator.core.facts import CheckpointRecorded, DecisionTaken, Fact, GenerationEnded, IncidentClosed
 from orchestrator.core.job import Job
 from orchestrator.core.status import STAGES, Health, JobStatus, Phase
 from orchestrator.core.types import SaveReport
@@ -28,6 +28,14 @@ class Metrics:
         self.lost_steps = Counter("regrow_steps_lost", "Steps computed again after failures.", job, registry=registry)
         self.incidents = Counter("regrow_incidents", "Closed incidents.", job, registry=registry)
         self.failures = Counter("regrow_failures", "Failed generations by class.", ["job", "kind"], registry=registry)
+        self.decisions = Counter(
+            "regrow_decisions", "Choices among waiting, spares, shrinking and growing.", ["job", "choice"],
+            registry=registry,
+        )  # fmt: skip
+        self.interval = Gauge(
+            "regrow_checkpoint_interval_seconds", "Seconds between saves, where saves go by time.", job,
+            registry=registry,
+        )  # fmt: skip
         self.recovery = Histogram(
             "regrow_recovery_seconds",
             "Seconds per stage of a closed incident; stage total is their sum.",
@@ -60,6 +68,8 @@ class Metrics:
         match fact:
             case GenerationEnded() if fact.failure is not None:
                 self.failures.labels(name, fact.failure.value).inc()
+            case DecisionTaken():
+                self.decisions.labels(name, fact.choice).inc()
             case CheckpointRecorded():
                 self.checkpoint_bytes.labels(name).inc(fact.size_bytes)
                 self.last_bytes.labels(name).set(fact.size_bytes)
@@ -95,6 +105,8 @@ class Metrics:
         self.healthy.labels(name).set(sum(healthy))
         self.step.labels(name).set(status.step)
         self.committed.labels(name).set(status.committed_step or 0)
+        if status.saving_s is not None:
+            self.interval.labels(name).set(status.saving_s)
         if status.loss is not None:
             self.loss.labels(name).set(status.loss)
         self._account(status, reached_step)

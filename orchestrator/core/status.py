@@ -137,3 +137,5 @@ class JobStatus:
     """Unix time of this view."""
     saving: str = ""
     """How often checkpoints are written and why, where the job file leaves it open."""
+    saving_s: float | None = None
+    """Seconds between saves; None where they go by steps."""

@@ -28,6 +28,7 @@ def summarize(job: Job) -> JobStatus:
         failure=history.ended.failure if history.ended else None,
         time_s=job.now_s,
         saving=job.save_every.reason if job.save_every else "",
+        saving_s=job.save_every.seconds if job.save_every else history.spec.checkpoint.every_s,
     )
 
 

@@ -112,7 +112,8 @@ def _causes(status: JobStatus) -> Table:
         table.add_column(column, overflow="fold")
     for one in status.incidents:
         change = f"{plan_text(one.from_plan, one.from_nodes)} -> {plan_text(one.to_plan, one.to_nodes)}"
-        table.add_row(str(one.number), Text(one.cause), Text.assemble((change, "bold"), f"\n{one.reason}"))
+        why = f"{one.decision}\n{one.reason}" if one.decision else one.reason
+        table.add_row(str(one.number), Text(one.cause), Text.assemble((change, "bold"), f"\n{why}"))
     return table
 
 

@@ -103,6 +103,7 @@ def _incident(one: IncidentStatus) -> dict[str, Any]:
         "from": plan_text(one.from_plan, one.from_nodes),
         "to": plan_text(one.to_plan, one.to_nodes),
         "reason": one.reason,
+        "decision": one.decision,
         "stages_s": {stage: round(one.stages_s[stage], 4) for stage in STAGES if stage in one.stages_s},
         "recovery_s": round(one.recovery_s, 4),
         "lost_steps": one.lost_steps,

@@ -75,12 +75,17 @@ class Lines:
         if status.step >= self._next_step and status.step > 0:
             self._next_step = status.step // 10 * 10 + 10
             self.say(_progress(status))
+        if status.saving and (last is None or last.saving != status.saving):
+            self.say(f"checkpoints {status.saving}")
 
     def _incidents(self, before: tuple[IncidentStatus, ...], now: tuple[IncidentStatus, ...]) -> None:
         closed = {one.number: one.closed_s is not None for one in before}
+        decided = {one.number: one.decision for one in before}
         for one in now:
             if one.number not in closed:
                 self.say(f"incident {one.number}: {one.cause}")
+            if one.decision != decided.get(one.number, ""):
+                self.say(f"incident {one.number}: {one.decision}")
             if one.closed_s is not None and not closed.get(one.number, False):
                 self.say(f"incident {one.number} is over: {incident_text(one)}")
 
@@ -128,6 +133,7 @@ def render(status: JobStatus) -> RenderableType:
         f"  {status.reason}\n",
         f"generation {status.generation}  {plan_text(status.plan)}\n",
         _progress(status),
+        f"\ncheckpoints {status.saving}" if status.saving else "",
     )
     parts: list[RenderableType] = [head, _nodes(status.nodes)]
     if status.incidents:
@@ -164,7 +170,8 @@ def _incidents_table(incidents: tuple[IncidentStatus, ...]) -> Table:
     for column in ("incident", "cause", "recovery"):
         table.add_column(column, overflow="fold")
     for one in incidents:
-        table.add_row(str(one.number), one.cause, incident_text(one) if one.closed_s is not None else "under way")
+        came = incident_text(one) if one.closed_s is not None else "under way"
+        table.add_row(str(one.number), one.cause, f"{came}\n{one.decision}" if one.decision else came)
     return table
 
 

@@ -51,6 +51,7 @@ def test_equal_runs(tmp_path: Path) -> None:
             "from": "dp_shard 2 x tp 2 on 4 nodes",
             "to": "dp_shard 2 on 2 nodes",
             "reason": "2 devices are left",
+            "decision": "",
             "stages_s": {"detect": 0.5, "stop": 0.25, "launch": 2.25},
             "recovery_s": 3.0,
             "lost_steps": 2,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -44,6 +45,16 @@ def test_lines_tell_incidents_once_and_their_end() -> None:
     assert said.count("incident 1: node-2 lost") == 1
     over = [line for line in said if line.startswith("incident 1 is over")]
     assert over == ["incident 1 is over: dp_shard 2 x tp 2 on 4 nodes -> dp_shard 2 on 2 nodes, 3.00 s, 2 steps lost"]
+
+
+def test_what_was_weighed_and_how_often_is_saved_are_told_once() -> None:
+    weighed = incident(1, over=False, decision="shrink 90 s of useful training, against wait 0 s")
+    every = status(saving="every 40 s: a save stalls training for 1 s")
+    said = lines(every, replace(every, incidents=(weighed,)), replace(every, incidents=(weighed,)))
+    assert said.count("incident 1: shrink 90 s of useful training, against wait 0 s") == 1
+    assert said.count("checkpoints every 40 s: a save stalls training for 1 s") == 1
+    text = shown(render(replace(every, incidents=(weighed,))))
+    assert "shrink 90 s of useful training" in text and "checkpoints every 40 s" in text
 
 
 def test_steps_are_told_again_after_a_setback() -> None:
