@@ -28,10 +28,14 @@ from orchestrator.checkpoint.formats.deepspeed_state import (
 )
 from orchestrator.checkpoint.formats.deepspeed_unpartitioned import Unpartitioned
 from orchestrator.checkpoint.formats.pickled_values import Node, Plain
+from orchestrator.checkpoint.unpickle import Name, Record
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
 
 NAME = "deepspeed"
+
+_STAGES = ("disabled", "optimizer_states", "gradients", "weights")
+"""Members of DeepSpeed's `ZeroStageEnum`, which early releases of Python 3.11 pickle by name: `getattr(class, name)`."""
 
 
 def recognise(files: Files) -> bool:
@@ -298,7 +302,12 @@ class _Source:
         if not self.optimizers:
             return 0
         said = self.optimizers[0][0].find("zero_stage")
-        return 1 if said is None else said.count()
+        if said is None:
+            return 1
+        match said.value:
+            case Record(name=Name("builtins", "getattr"), args=(Name(), str(member))) if member in _STAGES:
+                return _STAGES.index(member)
+        return said.count()
 
     def _groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the whole model."""

@@ -15,7 +15,14 @@ from orchestrator.checkpoint.formats import open_checkpoint
 from orchestrator.checkpoint.layout import Box
 from orchestrator.checkpoint.reshard import flaw
 from orchestrator.checkpoint.view import UniversalView
-from tests.unit.checkpoint.formats.deepspeed_writer import Layout, Model, deepspeed_names, model, save
+from tests.unit.checkpoint.formats.deepspeed_writer import (
+    Layout,
+    Model,
+    ZeroStageEnum,
+    deepspeed_names,
+    model,
+    save,
+)
 
 SHAPE = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
@@ -111,6 +118,21 @@ def test_every_group_keeps_its_hyper_parameters(tmp_path: Path, layout: Layout) 
     ]
     assert view.step == 3
     assert view.state["lr_scheduler"] == {"last_batch_iteration": 3}
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_stage_is_an_enumeration_pickled_by_name_or_by_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_name: bool
+) -> None:
+    """By name is how early releases of Python 3.11 do it (3.11.2 for one), by value the others."""
+
+    def reduced(member: ZeroStageEnum, _: int) -> tuple[Any, ...]:
+        return (getattr, (ZeroStageEnum, member.name)) if by_name else (ZeroStageEnum, (member.value,))
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", reduced)
+    for layout in (Layout(2, 2), Layout(3, 2)):
+        save(tmp_path / str(layout.stage), rich(), layout)
+        assert open_checkpoint(tmp_path / str(layout.stage)).source == f"deepspeed zero {layout.stage}"
 
 
 def test_a_slice_reads_only_its_own_bytes(tmp_path: Path) -> None:
