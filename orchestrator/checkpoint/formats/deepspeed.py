@@ -35,7 +35,7 @@ from orchestrator.core.errors import CheckpointError
 NAME = "deepspeed"
 
 _STAGES = ("disabled", "optimizer_states", "gradients", "weights")
-"""Members of DeepSpeed's `ZeroStageEnum`, which early releases of Python 3.11 pickle by name: `getattr(class, name)`."""
+"""Members of DeepSpeed's `ZeroStageEnum`, which early Python 3.11 pickles by name: `getattr(class, name)`."""
 
 
 def recognise(files: Files) -> bool:
