@@ -36,7 +36,7 @@ import shutil
 import signal
 import tracemalloc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -339,16 +339,23 @@ def different(entry: Entry, found: Outcome) -> list[str]:
 
 
 def headers_say(files: Mapping[str, bytes]) -> dict[str, Held]:
-    """What safetensors files hold, read without regrow."""
+    """What safetensors files hold, read without regrow; of one whose header makes no sense, nothing."""
     found = {}
     for name, data in files.items():
         if name.endswith(".safetensors"):
-            length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])
-            header.pop("__metadata__", None)
-            for tensor, one in header.items():
-                begin, end = one["data_offsets"]
-                found[tensor] = Held(one["dtype"], tuple(one["shape"]), data[8 + length + begin : 8 + length + end])
+            with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                found.update(header_says(data))
+    return found
+
+
+def header_says(data: bytes) -> dict[str, Held]:
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    found = {}
+    for tensor, one in header.items():
+        begin, end = one["data_offsets"]
+        found[tensor] = Held(one["dtype"], tuple(one["shape"]), data[8 + length + begin : 8 + length + end])
     return found
 
 
