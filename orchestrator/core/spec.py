@@ -130,6 +130,10 @@ class JobSpec:
     model: ModelSpec | None = None
     parallelism: dict[str, AxisBounds] = field(default_factory=dict)
     """Bounds by axis name (`AXES`); an axis left out is free where the model is described, else 1 (dp_shard free)."""
+    interleave: AxisBounds = AxisBounds(1, 1)
+    """Model chunks per pipeline stage; more than 1 only for training scripts that run an interleaved schedule."""
+    zero: AxisBounds = AxisBounds(3, 3)
+    """What `dp_shard` may divide: 1 optimizer states, 2 gradients too, 3 parameters too (`fully_shard`)."""
     recovery: RecoverySpec = field(default_factory=RecoverySpec)
     device_kind: str | None = None
     """Name in the hardware catalogue; None = what the nodes report."""

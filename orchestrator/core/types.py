@@ -103,6 +103,10 @@ class Plan:
     """Estimated peak per device; 0 when the model is not described."""
     step_s: float = 0.0
     """Estimated seconds per step; 0 when unknown."""
+    interleave: int = 1
+    """Model chunks per pipeline stage."""
+    zero: int = 3
+    """What `dp_shard` divides (ZeRO stage): 1 optimizer states, 2 gradients too, 3 parameters too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,14 +344,19 @@ class Directive:
 
 
 def expand_arguments(args: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
-    """Replace `{pp}`, `{dp_replicate}`, `{dp_shard}`, `{cp}`, `{tp}`, `{world_size}`, `{micro_batch}`,
-    `{micro_batches}` and `{global_batch}` in `args` by the values of `plan`; other braces stay as they are.
+    """Replace `{pp}`, `{dp_replicate}`, `{dp_shard}`, `{cp}`, `{tp}`, `{ep}`, `{world_size}`, `{micro_batch}`,
+    `{micro_batches}`, `{global_batch}`, `{interleave}`, `{zero}` and `{recomputation}` in `args` by the values of
+    `plan`; other braces stay as they are.
     """
     values = dict(zip(AXES, plan.mesh.sizes, strict=True)) | {
         "world_size": plan.mesh.world_size,
         "micro_batch": plan.batch.micro_batch,
         "micro_batches": plan.batch.micro_batches,
         "global_batch": plan.batch.global_batch,
+        "ep": plan.mesh.ep,
+        "interleave": plan.interleave,
+        "zero": plan.zero,
+        "recomputation": plan.recomputation.value,
     }
     expanded = []
     for arg in args:

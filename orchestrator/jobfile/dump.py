@@ -21,7 +21,10 @@ def dump(spec: JobSpec) -> str:
         },
         "nodes": {"min": spec.min_nodes, "max": spec.max_nodes, "devices": spec.devices_per_node or "auto"},
         "batch": {"global": spec.global_batch, "micro": spec.micro_batch or "auto"},
-        "parallelism": {axis: _given(asdict(bounds)) for axis, bounds in spec.parallelism.items()},
+        "parallelism": {
+            axis: _given(asdict(bounds))
+            for axis, bounds in {**spec.parallelism, "interleave": spec.interleave, "zero": spec.zero}.items()
+        },
         "checkpoint": {
             "uri": spec.checkpoint.uri,
             "interval": _interval(spec.checkpoint),

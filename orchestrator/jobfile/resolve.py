@@ -49,6 +49,9 @@ def _resolve(job: TrainingJob, base: Path) -> JobSpec:
     spec = job.spec
     least, most = _nodes(spec.nodes)
     parallelism = _parallelism(spec.parallelism)
+    chunks, stages = parallelism.pop("interleave", None), parallelism.pop("zero", None)
+    _check_whole("interleave", chunks)
+    _check_whole("zero", stages, 3)
     _check_batch(spec.batch, parallelism)
     return JobSpec(
         name=job.metadata.name,
@@ -61,6 +64,8 @@ def _resolve(job: TrainingJob, base: Path) -> JobSpec:
         micro_batch=spec.batch.micro,
         model=_model(spec.model, base) if spec.model else None,
         parallelism=parallelism,
+        interleave=chunks or AxisBounds(1, 1),
+        zero=stages or AxisBounds(3, 3),
         recovery=_recovery(spec.recovery),
         device_kind=spec.hardware.device,
         seed=spec.seed,
@@ -90,6 +95,15 @@ def _parallelism(keys: ParallelismKeys) -> dict[str, AxisBounds]:
             )
         found[axis] = AxisBounds(given.min, given.max, given.prefer)
     return found
+
+
+def _check_whole(name: str, given: AxisBounds | None, most: int | None = None) -> None:
+    """What is no axis of the mesh has no preferred size."""
+    where = f"spec.parallelism.{name}"
+    if given is not None and given.prefer is not None:
+        raise InvalidInput(f"{where}.prefer is not known; give its min and max")
+    if given is not None and most is not None and given.min > most:
+        raise InvalidInput(f"{where} ({given.min}) is more than {most}, the highest stage there is; lower it")
 
 
 def _check_batch(batch: BatchKeys, parallelism: dict[str, AxisBounds]) -> None:

@@ -104,7 +104,11 @@ def _axis(name: str) -> AliasChoices:
 
 
 class ParallelismKeys(Keys):
-    """Bounds by axis; `2` is short for `{min: 2, max: 2}`; an axis left out is free where the model is described."""
+    """Bounds by axis; `2` is short for `{min: 2, max: 2}`; an axis left out is free where the model is described.
+
+    `cp`, `ep` and `interleave` (model chunks per pipeline stage) are 1 and `zero` (what dp_shard divides) is 3 unless
+    they are given.
+    """
 
     pp: Bounds | None = None
     dp_replicate: Bounds | None = Field(default=None, validation_alias=_axis("dp_replicate"))
@@ -112,6 +116,8 @@ class ParallelismKeys(Keys):
     cp: Bounds | None = None
     tp: Bounds | None = None
     ep: Bounds | None = None
+    interleave: Bounds | None = None
+    zero: Bounds | None = None
 
 
 class KeepKeys(Keys):

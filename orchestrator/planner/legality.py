@@ -40,6 +40,9 @@ def axis_bounds(spec: JobSpec, axis: str) -> AxisBounds:
 def legal(spec: JobSpec, devices: int) -> Legal:
     """Legal sizes of every axis on at most `devices` devices."""
     rejected: list[Rejection] = []
+    for axis in ONE_UNLESS_ASKED:
+        if axis_bounds(spec, axis).max > 1 and axis in spec.parallelism:
+            rejected.append(Rejection(f"{axis} > 1", f"{axis} is not supported yet and stays 1"))
     return Legal(
         pp=_pipeline_sizes(spec, devices, rejected),
         tp=_tensor_sizes(spec, devices, rejected),

@@ -41,6 +41,10 @@ class Pool:
         """Devices that a plan may use."""
         return self.aligned(1)
 
+    def grouped(self, tp: int) -> int:
+        """Devices that can be used by groups of `tp`: whole groups in each node where nodes are that large."""
+        return self.aligned(tp) or self.devices
+
     def aligned(self, span: int) -> int:
         """Devices that can be used when every node gives a multiple of `span`."""
         if span not in self._aligned:

@@ -10,7 +10,7 @@ from orchestrator.core.types import NodeCapacity
 from orchestrator.planner.estimate import TooBig
 from orchestrator.planner.explain import counted, gib, where
 from orchestrator.planner.hardware import CATALOGUE, find
-from orchestrator.planner.legality import FIXED, axis_bounds, legal
+from orchestrator.planner.legality import ONE_UNLESS_ASKED, axis_bounds, legal
 from orchestrator.planner.memory import USABLE
 from orchestrator.planner.outcome import Infeasible, Rejection
 from orchestrator.planner.pool import Pool
@@ -20,7 +20,7 @@ _UNLIMITED = 4096
 
 def before_search(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> Infeasible | None:
     """What rules out every plan whatever the mesh: an axis or a device that is unknown, or too few nodes."""
-    for axis in FIXED:
+    for axis in ONE_UNLESS_ASKED:
         if axis_bounds(spec, axis).min > 1:
             rejection = Rejection(f"{axis} {axis_bounds(spec, axis).min}", f"{axis} is not supported yet")
             need = f"spec.parallelism.{axis}.min 1"
