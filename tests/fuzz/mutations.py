@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import pickletools
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -244,13 +245,17 @@ def pickled(files: Files, a: int, b: int, c: int) -> str:
 
 
 def _entries(data: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return {one.filename: archive.read(one) for one in archive.infolist()}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {one.filename: archive.read(one) for one in archive.infolist()}
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
 
 
 def _zipped(entries: Any, compression: int = zipfile.ZIP_STORED) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as archive:
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", compression) as archive:
+        warnings.simplefilter("ignore")  # two entries of one name are what some cases are about
         for name, data in entries:
             archive.writestr(zipfile.ZipInfo(name), data, compression)
     return out.getvalue()

@@ -117,6 +117,8 @@ class _Source:
                 prefix = "zero_pp_rank_0_" if self.partitioned else ""
                 raise self._missing(f"{prefix}mp_rank_{mp:02d}_model_states.pt")
             first = self.models[mp, 0] = self._file(models[mp, 0])
+            if first.mapping().keys().isdisjoint(("module", "param_shapes")):
+                raise first.fail("holds neither module nor param_shapes, so that it is no model file")
             world = self._load_optimizers(mp, first)
             for dp in range(1, world if _has_fragments(first) else 1):
                 if (mp, dp) in models:

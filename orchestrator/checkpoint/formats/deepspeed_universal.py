@@ -180,9 +180,10 @@ class _Source:
         for rank, at in enumerate(sorted(firsts)):
             if rank != at:
                 raise corrupt(self.files.label(f"{self.folder}mp_rank_{rank:02d}_model_states.pt"), "it is missing")
-        for model in self.models:
+        for model in (*self.models, *self.ranks[1:]):
             if model.mapping().keys().isdisjoint(("module", "param_shapes")):
                 raise model.fail("holds neither module nor param_shapes, so that it is no model file")
+        for model in self.models:
             groups = model.find("param_shapes")
             self.shapes.append([] if groups is None else [_shapes(group) for group in groups.items()])
 

@@ -80,6 +80,13 @@ def test_ranks_are_numbers(tmp_path: Path) -> None:
         assert_holds(open_checkpoint(tmp_path / str(stage)), made.expected())
 
 
+def test_an_optimizer_s_file_is_no_model_file(tmp_path: Path) -> None:
+    folder = save(tmp_path, rich(), Layout(1, 2))
+    for rank in (0, 1):
+        (folder / OPTIMIZER.format(rank)).rename(folder / "mp_rank_00_model_states.pt")
+    refused(tmp_path, "mp_rank_00_model_states.pt is corrupt: it holds neither module nor param_shapes")
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_missing_rank_is_named(tmp_path: Path, stage: int) -> None:
     folder = save(tmp_path, rich(), Layout(stage, 3))
