@@ -1,12 +1,13 @@
 """Pure: search over legal meshes, cost and memory models, assignment of ranks to nodes.
 
 `plan(spec, capacity, previous)` answers which mesh the job takes on the nodes it may use now, and why. Same input, same
-answer, whatever the order of the nodes. `legality` says what may be, `batch` how samples are divided, `transformer`
-counts parameters and floating-point operations, `memory` and `cost` estimate, `search` enumerates, `choose` decides,
-`assign` puts ranks on nodes, `explain` and `shortage` find the words.
+answer, whatever the order of the nodes; `ladder` plans for losses ahead of them. `legality` says what may be, `space`
+enumerates it as arrays, `transformer` counts parameters and floating-point operations, `memory` and `cost` estimate,
+`judge` applies them to a job on a pool of nodes, `frontier` keeps the fastest plans, `choose` decides, `assign` puts
+ranks on nodes, `explain` and `shortage` find the words.
 """
 
 from orchestrator.planner.outcome import Candidate, Infeasible, Planned, Rejection
-from orchestrator.planner.search import plan
+from orchestrator.planner.search import ladder, plan
 
-__all__ = ["Candidate", "Infeasible", "Planned", "Rejection", "plan"]
+__all__ = ["Candidate", "Infeasible", "Planned", "Rejection", "ladder", "plan"]

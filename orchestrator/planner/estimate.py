@@ -1,96 +1,88 @@
-"""The best micro-batch and recomputation of one mesh, with its cost and memory."""
+"""One plan out of many with everything that is estimated of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.core.spec import JobSpec, ModelSpec
-from orchestrator.core.types import Mesh, Recomputation
-from orchestrator.planner.batch import micro_batches
-from orchestrator.planner.cost import Cost, Links, relative_cost, slowest_stage, step_cost
-from orchestrator.planner.memory import USABLE, peak_bytes
+from orchestrator.core.spec import JobSpec
+from orchestrator.core.types import BatchSplit, Mesh, Plan, Recomputation
+from orchestrator.planner.batch import split
+from orchestrator.planner.candidates import RECOMPUTATIONS
+from orchestrator.planner.judge import Judge
+from orchestrator.planner.outcome import Candidate
 from orchestrator.planner.pool import Pool
+from orchestrator.planner.space import Rows, candidates, stage_layers, take
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One mesh on one pool."""
+    """One plan on one pool."""
 
-    mesh: Mesh
     pool: Pool
-    micro_batch: int
+    mesh: Mesh
+    batch: BatchSplit
     recomputation: Recomputation
-    cost: Cost
-    memory_bytes: int
-    """0 when the model is not described."""
+    interleave: int
+    zero: int
+    stage_layers: tuple[int, ...]
     step: float
     """Seconds, or relative units without a model."""
+    seconds: Mapping[str, float]
+    memory: Mapping[str, float]
+    """Bytes on the fullest device; empty when the model is not described, as `seconds` is."""
+    tokens_per_s: float = 0.0
+    mfu: float = 0.0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the fullest device; 0 when the model is not described."""
+        return int(sum(self.memory.values()))
+
+    def candidate(self, reason: str, lost: str = "") -> Candidate:
+        """As the planner answers it."""
+        plan = Plan(
+            mesh=self.mesh,
+            batch=self.batch,
+            recomputation=self.recomputation,
+            stage_layers=self.stage_layers,
+            reason=reason,
+            memory_bytes=self.memory_bytes,
+            step_s=self.step if self.seconds else 0.0,
+            interleave=self.interleave,
+            zero=self.zero,
+        )
+        return Candidate(plan, self.seconds, self.memory, self.tokens_per_s, self.mfu, lost)
 
 
-@dataclass(frozen=True, slots=True)
-class TooBig:
-    """The mesh does not fit even with the smallest micro-batch and full recomputation."""
-
-    mesh: Mesh
-    pool: Pool
-    memory_bytes: int
+def estimates(spec: JobSpec, pools: Sequence[Pool], judges: Sequence[Judge], rows: Rows) -> list[Estimate]:
+    """Each of the complete `rows`; their `pool` says on which of `pools`."""
+    return [_estimate(spec, pools, judges, take(rows, slice(at, at + 1))) for at in range(len(rows["pp"]))]
 
 
-def shortest(spec: JobSpec, pool: Pool, mesh: Mesh) -> float:
-    """A time that no plan of `mesh` can beat: its computing alone."""
-    samples = -(-spec.global_batch // mesh.dp_degree)
-    if spec.model is None:
-        return samples / (mesh.pp * mesh.tp)
-    flops = slowest_stage(spec.model, mesh.pp, mesh.tp).flops
-    return 3 * samples * spec.model.seq_length * flops / pool.device.flops_per_s
-
-
-def estimate(spec: JobSpec, pool: Pool, mesh: Mesh) -> Estimate | TooBig:
-    """The fastest way to run `mesh` that fits the memory of `pool`; memory that is unknown counts as enough."""
-    samples = -(-spec.global_batch // mesh.dp_degree)
-    options = micro_batches(samples, mesh.pp, spec.micro_batch)
-    if spec.model is None:
-        return _undescribed(pool, mesh, options)
-    limit = int(pool.memory_bytes * USABLE)
-    return _fastest(spec.model, pool, mesh, options, limit)
-
-
-def _undescribed(pool: Pool, mesh: Mesh, options: list[tuple[int, int]]) -> Estimate:
-    costs = [(relative_cost(mesh.pp, mesh.tp, *option), option) for option in options]
-    cost, (size, _) = min(costs, key=lambda item: (item[0].total_s, item[1][1]))
-    return Estimate(mesh, pool, size, Recomputation.NONE, cost, 0, cost.total_s)
-
-
-def _fastest(model: ModelSpec, pool: Pool, mesh: Mesh, options: list[tuple[int, int]], limit: int) -> Estimate | TooBig:
-    links = _links(pool, mesh)
-    smallest = []
-    for recomputation in Recomputation:
-        least = peak_bytes(model, pool.device, mesh, *options[-1], recomputation)
-        smallest.append(least)
-        if limit and least > limit:
-            continue
-        fitting = []
-        for option in options:
-            memory = peak_bytes(model, pool.device, mesh, *option, recomputation)
-            if limit and memory > limit:
-                continue
-            cost = step_cost(model, pool.device, links, mesh, *option, recomputation)
-            fitting.append((cost.total_s, option[1], option[0], cost, memory))
-            if mesh.pp == 1:
-                break  # without a pipeline the fewest micro-batches that fit are the fastest
-            if option in options[-2:-1]:
-                break  # more than eight micro-batches per stage gain little: only where memory demands it
-        step, _, size, cost, memory = min(fitting, key=lambda item: item[:3])
-        return Estimate(mesh, pool, size, recomputation, cost, memory, step)
-    return TooBig(mesh, pool, min(smallest))
-
-
-def _links(pool: Pool, mesh: Mesh) -> Links:
-    """Every axis at the speed inside a node where its groups lie inside nodes, else at the network's."""
-
-    def speed(span: int) -> float:
-        inside = pool.aligned(span) >= mesh.world_size
-        return pool.device.node_bytes_per_s if inside else pool.device.network_bytes_per_s
-
-    shard = mesh.tp * mesh.dp_shard
-    return Links(speed(mesh.tp), speed(shard), speed(shard * mesh.dp_replicate), speed(mesh.world_size))
+def _estimate(spec: JobSpec, pools: Sequence[Pool], judges: Sequence[Judge], row: Rows) -> Estimate:
+    at = int(row["pool"][0])
+    plans, judge = candidates(row), judges[at]
+    mesh = plans.mesh(0)
+    batch = split(spec.global_batch, mesh.dp_degree, int(plans.micro_batch[0]))
+    layers: tuple[int, ...] = ()
+    tokens_per_s = 0.0
+    step = float(judge.seconds(plans)[0])
+    if spec.model is not None:
+        ends = int(plans.layers_first[0]), int(plans.layers_last[0])
+        layers = stage_layers(spec.model.layers, mesh.pp, *ends)
+        tokens_per_s = spec.global_batch * spec.model.seq_length / step
+    return Estimate(
+        pool=pools[at],
+        mesh=mesh,
+        batch=batch,
+        recomputation=RECOMPUTATIONS[int(plans.recomputation[0])],
+        interleave=int(plans.interleave[0]),
+        zero=int(plans.zero[0]),
+        stage_layers=layers,
+        step=step,
+        seconds=judge.where_seconds(plans),
+        memory=judge.where_memory(plans),
+        tokens_per_s=tokens_per_s,
+        mfu=judge.utilisation(tokens_per_s / mesh.world_size),
+    )

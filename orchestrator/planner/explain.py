@@ -7,8 +7,9 @@ from itertools import groupby
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import BatchSplit, Mesh, Recomputation
-from orchestrator.planner.choose import CLOSE, Choice
+from orchestrator.planner.choose import Choice
 from orchestrator.planner.estimate import Estimate
+from orchestrator.planner.frontier import CLOSE
 from orchestrator.planner.hardware import GIB, find
 from orchestrator.planner.legality import Legal
 
@@ -40,23 +41,27 @@ def where(mesh: Mesh) -> str:
     return str(mesh) if mesh.world_size == 1 else f"{mesh} on {mesh.world_size} devices"
 
 
-def layout(estimate: Estimate, split: BatchSplit) -> str:
+def layout(estimate: Estimate) -> str:
     """The plan itself in words, without why."""
+    batch = estimate.batch
     text = (
-        f"{where(estimate.mesh)}: {counted(split.global_batch, 'sample')}{samples(split)}, "
-        f"{counted(split.micro_batches, 'micro-batch')} of {split.micro_batch}"
+        f"{where(estimate.mesh)}: {counted(batch.global_batch, 'sample')}{samples(batch)}, "
+        f"{counted(batch.micro_batches, 'micro-batch')} of {batch.micro_batch}"
     )
+    if estimate.interleave > 1:
+        text += f", {estimate.interleave} chunks per stage"
+    if estimate.zero in {1, 2}:
+        text += f", ZeRO {estimate.zero}"
     if estimate.recomputation is not Recomputation.NONE:
         text += f", {estimate.recomputation} recomputation because memory does not suffice without"
     return text
 
 
 def why(
-    spec: JobSpec, choice: Choice, others: Sequence[Estimate], split: BatchSplit, legal: Legal, available: int
+    spec: JobSpec, choice: Choice, taken: Estimate, others: Sequence[Estimate], legal: Legal, available: int
 ) -> str:
     """The reason of the plan: what it is, what stood in the way of more, how it compares with the next best."""
-    taken = choice.estimate
-    parts = [layout(taken, split), *choice.relaxed]
+    parts = [layout(taken), *choice.relaxed]
     idle = taken.pool.devices - taken.mesh.world_size
     tensor = next((tp for tp in legal.tp if tp > 1 and taken.pool.devices % tp), None)
     if taken.mesh.tp == 1 and tensor and "tp" in spec.parallelism and not choice.relaxed:
@@ -66,7 +71,7 @@ def why(
     if available > taken.pool.devices:
         parts.append(f"{counted(available - taken.pool.devices, 'more device')} not used{_why_unused(spec, taken)}")
     if others:
-        parts.append(_comparison(choice, others[0]))
+        parts.append(_comparison(choice, taken, others[0]))
     parts.extend(_unchecked(spec, taken))
     return "; ".join(parts)
 
@@ -81,7 +86,7 @@ def _unchecked(spec: JobSpec, taken: Estimate) -> Iterable[str]:
     if spec.model is None:
         yield "memory and step time not estimated because spec.model is not given"
         return
-    kinds = [(node, find(spec.device_kind or node.kind)) for node in taken.pool.nodes]
+    kinds = [(node, find(spec.device_kind or node.kind)) for node in taken.pool.kinds]
     if any(node.memory_bytes == 0 and (kind is None or kind.memory_bytes == 0) for node, kind in kinds):
         yield f"{gib(taken.memory_bytes)} per device, not checked where nodes do not report their memory"
     unknown = {node.kind for node, kind in kinds if kind is None}
@@ -89,8 +94,8 @@ def _unchecked(spec: JobSpec, taken: Estimate) -> Iterable[str]:
         yield f"{', '.join(sorted(unknown))} is not in the hardware catalogue, so seconds are rough"
 
 
-def _comparison(choice: Choice, other: Estimate) -> str:
-    ratio = other.step / choice.estimate.step
+def _comparison(choice: Choice, taken: Estimate, other: Estimate) -> str:
+    ratio = other.step / taken.step
     name = where(other.mesh)
     if choice.kept and ratio < CLOSE:
         gain = f"{1 / ratio:.2f}x faster" if ratio < 0.995 else "no faster"
@@ -100,27 +105,54 @@ def _comparison(choice: Choice, other: Estimate) -> str:
     return f"{ratio:.2f}x faster than {name}" if ratio > 1.005 else f"as fast as {name}"
 
 
-def compared(estimate: Estimate, split: BatchSplit, taken: Estimate) -> str:
+def compared(estimate: Estimate, taken: Estimate) -> str:
     """The reason of an alternative: what it is and how it compares with the plan that was taken."""
     ratio = estimate.step / taken.step
     if ratio >= 1:
         verdict = f"{ratio:.2f}x slower than the plan" if ratio > 1.005 else "as fast as the plan"
     else:
         verdict = f"{1 / ratio:.2f}x faster than the plan, which is preferred"
-    return f"{layout(estimate, split)}; {verdict}{_spent(estimate)}"
+    said = lost(estimate, taken)
+    return f"{layout(estimate)}; {verdict}{f' ({said})' if said else ''}"
 
 
-_SPENT = {
-    "tensor_s": "tp communication",
-    "data_s": "exposed data-parallel communication",
-    "bubble_s": "pipeline bubble",
-    "pipeline_s": "pipeline transfers",
-    "recompute_s": "recomputation",
+SPENT = {
+    "compute": "computing",
+    "recompute": "recomputation",
+    "tensor": "tp communication",
+    "context": "cp communication",
+    "expert": "ep communication",
+    "pipeline": "pipeline transfers",
+    "bubble": "pipeline bubble",
+    "data": "exposed data-parallel communication",
+    "optimizer": "optimizer",
 }
+"""What the terms of the time model are called."""
 
 
-def _spent(estimate: Estimate) -> str:
-    """The largest part of the step that is not useful computing, where it matters."""
-    name = max(_SPENT, key=lambda part: float(getattr(estimate.cost, part)))
-    share = float(getattr(estimate.cost, name)) / estimate.step
-    return f" ({share:.0%} of its step is {_SPENT[name]})" if share >= 0.05 else ""
+HELD = {
+    "states": "optimizer states",
+    "gradients": "gradients",
+    "parameters": "gathered parameters",
+    "activations": "activations",
+    "in_flight": "activations of micro-batches in flight",
+    "logits": "logits",
+    "working": "working memory",
+    "communication": "communication buffers",
+    "constant": "what the libraries take",
+}
+"""What the terms of the memory model are called."""
+
+
+def lost(estimate: Estimate, taken: Estimate) -> str:
+    """The term that costs most more than in the plan that was taken, for example `+0.31 s pipeline bubble`."""
+    if not estimate.seconds or estimate.step <= taken.step:
+        return ""
+    more = {name: value - taken.seconds.get(name, 0.0) for name, value in estimate.seconds.items()}
+    name = max(more, key=lambda one: more[one])
+    return f"+{seconds(more[name])} {SPENT[name]}"
+
+
+def seconds(value_s: float) -> str:
+    """Three digits and a unit: `12.3 s`, `4.56 ms`."""
+    return f"{value_s:.3g} s" if value_s >= 0.1 else f"{value_s * 1000:.3g} ms"

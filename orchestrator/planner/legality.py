@@ -40,9 +40,6 @@ def axis_bounds(spec: JobSpec, axis: str) -> AxisBounds:
 def legal(spec: JobSpec, devices: int) -> Legal:
     """Legal sizes of every axis on at most `devices` devices."""
     rejected: list[Rejection] = []
-    for axis in ONE_UNLESS_ASKED:
-        if axis_bounds(spec, axis).max > 1 and axis in spec.parallelism:
-            rejected.append(Rejection(f"{axis} > 1", f"{axis} is not supported yet and stays 1"))
     return Legal(
         pp=_pipeline_sizes(spec, devices, rejected),
         tp=_tensor_sizes(spec, devices, rejected),
@@ -105,7 +102,7 @@ def _expert_sizes(spec: JobSpec, devices: int, rejected: list[Rejection]) -> tup
     bounds = axis_bounds(spec, "ep")
     experts = spec.model.experts if spec.model else 0
     if bounds.max > 1 and not experts:
-        rejected.append(Rejection("ep > 1", "the model has no experts"))
+        rejected.append(Rejection(f"ep {max(bounds.min, 2)}", "the model has no experts"))
     return _divisors(bounds, min(bounds.max, devices, experts or 1), "ep", "experts", experts, rejected)
 
 

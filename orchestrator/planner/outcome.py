@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from orchestrator.core.types import Assignment, Plan
-from orchestrator.planner.cost import Cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,16 @@ class Candidate:
     """A legal plan with its estimate; step time, memory and the reason in words stand in the plan."""
 
     plan: Plan
-    cost: Cost
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of a step by what they are spent on; their sum is `plan.step_s`. Empty when the model is not described."""
+    memory: Mapping[str, float] = field(default_factory=dict)
+    """Bytes on the fullest device by what they hold; empty when the model is not described."""
+    tokens_per_s: float = 0.0
+    """Of all devices together; 0 when the model is not described."""
+    mfu: float = 0.0
+    """Model FLOPs utilisation: the model's own operations, recomputation apart, against the devices' peak."""
+    lost: str = ""
+    """Why it is not the plan, in a few words."""
 
     @property
     def devices(self) -> int:
@@ -38,6 +47,8 @@ class Planned:
     chosen: Candidate
     alternatives: tuple[Candidate, ...]
     rejected: tuple[Rejection, ...]
+    weighed: int = 0
+    """Complete plans whose time was estimated; those known to be slower or too large were left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import NodeCapacity
 from orchestrator.planner.hardware import GIB, Device, find
+from orchestrator.planner.interim import Machine
 
 _MOST_POOLS = 6
 _UNKNOWN = Device("unknown", "nccl", 1e14, 0, 2e12, 100e9, 10e9, 1e-5, 1e-4, 0.5, 2)
@@ -41,9 +42,30 @@ class Pool:
         """Devices that a plan may use."""
         return self.aligned(1)
 
-    def grouped(self, tp: int) -> int:
-        """Devices that can be used by groups of `tp`: whole groups in each node where nodes are that large."""
-        return self.aligned(tp) or self.devices
+    @property
+    def machine(self) -> Machine:
+        """The device and its links; nodes of several sizes count as those of the commonest."""
+        size = max(self._sizes, key=lambda one: (one[1], one[0]))[0] if self._sizes else 1
+        return Machine(self.device, size, size)
+
+    @property
+    def kinds(self) -> list[NodeCapacity]:
+        """One node of each kind and memory."""
+        return list({(node.kind, node.memory_bytes): node for node in self.nodes}.values())
+
+    def grouped(self, tp: int, nodes: int, asked: bool) -> tuple[int, int]:
+        """The most devices that groups of `tp` can use, and the fewest that lie on `nodes` nodes; (0, 0): no room.
+
+        A group lies inside the fast domain. Only where every link is as fast (processors), or the job file has no
+        smaller size (`asked`), groups may cross nodes.
+        """
+        largest = max((size for size, _ in self._sizes), default=0)
+        if self.device.backend == "gloo" or (asked and tp > largest):
+            return self.devices, nodes
+        if largest < tp <= self.machine.domain and tp % largest == 0:
+            return self.devices // tp * tp, nodes
+        roomy = sum(count for size, count in self._sizes if size >= tp)
+        return (self.aligned(tp), nodes * tp) if roomy >= nodes else (0, 0)
 
     def aligned(self, span: int) -> int:
         """Devices that can be used when every node gives a multiple of `span`."""

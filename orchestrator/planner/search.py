@@ -1,28 +1,23 @@
-"""The planner's one entry: enumerate, estimate, choose, assign, explain."""
+"""The planner's entries: enumerate, weigh, choose, assign, explain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from typing import Any
 
 from orchestrator.core.spec import JobSpec
-from orchestrator.core.types import Assignment, BatchSplit, Mesh, NodeCapacity, Plan
+from orchestrator.core.types import Assignment, Mesh, NodeCapacity, Plan
 from orchestrator.planner import shortage
 from orchestrator.planner.assign import assign
-from orchestrator.planner.batch import split
-from orchestrator.planner.choose import choose, honoured
-from orchestrator.planner.estimate import Estimate, TooBig, estimate, shortest
-from orchestrator.planner.explain import compared, why
+from orchestrator.planner.choose import Choice, Search, choose
+from orchestrator.planner.estimate import Estimate, estimates
+from orchestrator.planner.explain import compared, lost, why
+from orchestrator.planner.frontier import LISTED, Ranking, Wish
+from orchestrator.planner.judge import judge
 from orchestrator.planner.legality import legal
-from orchestrator.planner.meshes import meshes
-from orchestrator.planner.outcome import Candidate, Infeasible, Planned
+from orchestrator.planner.outcome import Infeasible, Planned
 from orchestrator.planner.pool import Pool, pools, usable
-from orchestrator.planner.transformer import split_layers
-
-_ALTERNATIVES = 10
-_PRUNE_FROM = 200
-_HOPELESS = 1.5
-"""On large clusters a mesh whose computing alone takes this much longer than a whole known plan is not estimated."""
+from orchestrator.planner.space import Space, candidates, take
 
 
 def plan(
@@ -30,105 +25,84 @@ def plan(
     capacity: Sequence[NodeCapacity],
     previous: Plan | None = None,
     assignment: Assignment | None = None,
+    calibration: Any = None,
 ) -> Planned | Infeasible:
     """The best legal plan of `spec` on the nodes of `capacity`, or why there is none.
 
     `previous` is the plan that ran last: its mesh is kept while nothing is clearly better. `assignment` is where it
-    ran: its nodes are preferred and keep their order. The order of `capacity` does not matter.
+    ran: its nodes are preferred and keep their order. `calibration` is what was learnt from measured steps. The order
+    of `capacity` does not matter.
     """
     nodes = usable(spec, capacity)
     hopeless = shortage.before_search(spec, nodes)
     if hopeless is not None:
         return hopeless
-    candidates = pools(spec, nodes)
-    found = _explore(spec, candidates, previous.mesh if previous else None)
-    if found.estimates:
-        return _planned(spec, nodes, found, previous, assignment)
-    if found.too_big:
-        return shortage.too_big(spec, found.too_big, _enough(spec, candidates))
-    return shortage.no_mesh(spec, candidates)
+    search = _search(spec, pools(spec, nodes), calibration)
+    ranking = search.ranked(Wish())
+    if not len(ranking):
+        return shortage.explained(nodes, search, lambda spec, nodes: _best_mesh(spec, nodes, calibration))
+    choice = choose(search, ranking, previous.mesh if previous else None)
+    return _planned(search, nodes, ranking, choice, assignment)
 
 
-@dataclass(slots=True)
-class _Found:
-    estimates: list[Estimate] = field(default_factory=list)
-    too_big: list[TooBig] = field(default_factory=list)
+def ladder(
+    spec: JobSpec,
+    capacity: Sequence[NodeCapacity],
+    planned: Planned,
+    count: int,
+    calibration: Any = None,
+) -> tuple[Planned | Infeasible, ...]:
+    """The plans after 1, 2 ... `count` of the nodes that `planned` uses are lost, from the last one on.
+
+    Nodes of one kind are alike to the planner, so that a rung holds whichever of them are lost.
+    """
+    rungs: list[Planned | Infeasible] = []
+    names = planned.assignment.names
+    last: Planned = planned
+    for losses in range(1, min(count, len(names)) + 1):
+        gone = set(names[len(names) - losses :])
+        left = [node for node in capacity if node.node not in gone]
+        rung = plan(spec, left, last.plan, last.assignment, calibration)
+        rungs.append(rung)
+        if isinstance(rung, Infeasible):
+            break
+        last = rung
+    return tuple(rungs)
 
 
-def _explore(spec: JobSpec, candidates: Sequence[Pool], previous: Mesh | None) -> _Found:
-    found = _Found()
-    fastest = float("inf")
-    for pool in candidates:
-        if len(pool.nodes) < spec.min_nodes:
-            continue
-        options = meshes(spec, pool, legal(spec, pool.devices), previous)
-        bounded = sorted((shortest(spec, pool, mesh), -mesh.world_size, mesh.sizes, mesh) for mesh in options)
-        for at_least, *_, mesh in bounded:
-            if len(options) > _PRUNE_FROM and at_least > _HOPELESS * fastest and not honoured(spec, mesh):
-                continue
-            result = estimate(spec, pool, mesh)
-            if isinstance(result, TooBig):
-                found.too_big.append(result)
-                continue
-            found.estimates.append(result)
-            fastest = min(fastest, result.step)
-    return found
+def _search(spec: JobSpec, candidates: Sequence[Pool], calibration: Any) -> Search:
+    enough = [pool for pool in candidates if len(pool.nodes) >= spec.min_nodes]
+    spaces = [Space(spec, pool, legal(spec, pool.devices), number) for number, pool in enumerate(enough)]
+    return Search(spec, spaces, [judge(spec, pool, calibration) for pool in enough])
+
+
+def _best_mesh(spec: JobSpec, capacity: Sequence[NodeCapacity], calibration: Any) -> Mesh | None:
+    """The mesh of the fastest plan on `capacity`; None when there is no plan."""
+    found = _search(spec, pools(spec, usable(spec, capacity)), calibration).ranked(Wish())
+    return candidates(found.rows).mesh(int(found.order()[0])) if len(found) else None
 
 
 def _planned(
-    spec: JobSpec, nodes: Sequence[NodeCapacity], found: _Found, previous: Plan | None, assignment: Assignment | None
+    search: Search, nodes: Sequence[NodeCapacity], ranking: Ranking, choice: Choice, assignment: Assignment | None
 ) -> Planned:
-    choice = choose(spec, found.estimates, previous.mesh if previous else None)
-    taken = choice.estimate
-    others = _others(found.estimates, taken)
-    sizes = legal(spec, taken.pool.devices)
-    reason = why(spec, choice, others, _split(spec, taken), sizes, sum(node.devices for node in nodes))
-    chosen = _candidate(spec, taken, reason)
-    alternatives = tuple(
-        _candidate(spec, item, compared(item, _split(spec, item), taken)) for item in others[:_ALTERNATIVES]
-    )
+    spec, found = search.spec, [space.pool for space in search.spaces]
+    taken = estimates(spec, found, search.judges, choice.row)[0]
+    firsts = ranking.firsts()
+    order = firsts[ranking.step[firsts].argsort(kind="stable")][: LISTED + 1]
+    listed = estimates(spec, found, search.judges, take(ranking.rows, order))
+    others = [one for one in listed if one.mesh != taken.mesh][:LISTED]
+    sizes = search.spaces[int(choice.row["pool"][0])].sizes
+    reason = why(spec, choice, taken, others, sizes, sum(node.devices for node in nodes))
+    chosen = taken.candidate(reason)
     return Planned(
         plan=chosen.plan,
         assignment=assign(taken.pool, taken.mesh, spec.min_nodes, assignment),
         chosen=chosen,
-        alternatives=alternatives,
-        rejected=sizes.rejected + shortage.memory_rejections(found.too_big),
+        alternatives=tuple(_alternative(one, taken) for one in others),
+        rejected=sizes.rejected,
+        weighed=ranking.weighed,
     )
 
 
-def _others(estimates: Sequence[Estimate], taken: Estimate) -> list[Estimate]:
-    """The best estimate of every other mesh, fastest first."""
-    best: dict[Mesh, Estimate] = {}
-    for item in sorted(estimates, key=lambda item: (item.step, -item.mesh.world_size, item.mesh)):
-        if item.mesh != taken.mesh:
-            best.setdefault(item.mesh, item)
-    return list(best.values())
-
-
-def _split(spec: JobSpec, item: Estimate) -> BatchSplit:
-    return split(spec.global_batch, item.mesh.dp_degree, item.micro_batch)
-
-
-def _candidate(spec: JobSpec, item: Estimate, reason: str) -> Candidate:
-    described = spec.model is not None
-    plan = Plan(
-        mesh=item.mesh,
-        batch=_split(spec, item),
-        recomputation=item.recomputation,
-        stage_layers=split_layers(spec.model.layers, item.mesh.pp) if spec.model else (),
-        reason=reason,
-        memory_bytes=item.memory_bytes,
-        step_s=item.step if described else 0.0,
-    )
-    return Candidate(plan, item.cost)
-
-
-def _enough(spec: JobSpec, candidates: Sequence[Pool]) -> int | None:
-    """Devices, found by doubling, on which some mesh fits into memory; None when many times more would not do."""
-    pool = max(candidates, key=lambda item: (item.memory_bytes, item.devices))
-    for factor in (2, 4, 8, 16, 32, 64):
-        more = tuple(replace(node, node=f"{node.node}+{copy}") for node in pool.nodes for copy in range(factor))
-        larger = Pool(more, spec.max_nodes * factor, pool.device, pool.memory_bytes)
-        if _explore(spec, [larger], None).estimates:
-            return larger.devices
-    return None
+def _alternative(one: Estimate, taken: Estimate) -> Any:
+    return one.candidate(compared(one, taken), lost(one, taken))

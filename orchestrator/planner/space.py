@@ -20,13 +20,16 @@ import numpy as np
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import Mesh
-from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates, Ints
-from orchestrator.planner.legality import Legal
+from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates, Floats, Ints
+from orchestrator.planner.legality import Legal, axis_bounds
 from orchestrator.planner.pool import Pool
 from orchestrator.planner.transformer import layer_flops, output_flops
 
 Rows: TypeAlias = dict[str, Ints]
 """Choices made so far by name; all arrays have the same length."""
+SHARDED = 8
+"""Replicating the whole state costs memory and saves little beside fewer shards: only where the job file asks."""
+_SPLIT = ("layers_first", "layers_middle", "layers_last")
 _MOST_SIZES = 256
 """Replicas of more samples than this are offered so many sizes of micro-batches, evenly spaced by ratio."""
 
@@ -62,6 +65,11 @@ def _join(rows: Rows, keys: Sequence[Ints], choices: Callable[..., Ints], names:
     return repeated | {name: found[:, column] for column, name in enumerate(names)}
 
 
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several behind each other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 @dataclass(frozen=True)
 class Space:
     """The legal plans of `spec` on `pool` that use at least `least` devices."""
@@ -69,6 +77,8 @@ class Space:
     spec: JobSpec
     pool: Pool
     sizes: Legal
+    number: int = 0
+    """Which of several pools it is: the column `pool`."""
 
     # ------------------------------------------------------------ the steps
 
@@ -82,11 +92,17 @@ class Space:
         fits = (rows["interleave"] == 1) | ((rows["pp"] > 1) & (rows["pp"] * rows["interleave"] <= layers))
         if spec.model:
             fits &= spec.model.seq_length % (rows["cp"] * rows["tp"]) == 0
-        usable = np.array([self.pool.grouped(tp) for tp in range(max(legal.tp, default=0) + 1)])
-        cells_per_replica = rows["pp"] * rows["cp"] * rows["tp"]
-        rows["most"] = np.minimum(usable[rows["tp"]] // cells_per_replica, spec.global_batch)
-        rows["least"] = -(-spec.min_nodes // cells_per_replica)
-        return take(rows, fits & (rows["most"] >= rows["least"]))
+        asked = axis_bounds(spec, "tp").min > 1
+        usable = np.zeros((max(legal.tp, default=0) + 1, 2), np.int64)
+        for tp in legal.tp:
+            usable[tp] = self.pool.grouped(tp, spec.min_nodes, asked)
+        most, least = usable[rows["tp"]].T
+        per_replica = rows["pp"] * rows["cp"] * rows["tp"]
+        rows["most"] = np.minimum(most // per_replica, spec.global_batch)
+        rows["least"] = np.maximum(1, -(-least // per_replica))
+        rows = take(rows, fits & (rows["most"] >= rows["least"]))
+        count = length(rows)
+        return rows | {"shape": np.arange(count), "pool": np.full(count, self.number)}
 
     def loads(self, shapes: Rows) -> Rows:
         """Each shape with each number of `samples` its fullest replica can have, and `least` to `most` replicas."""
@@ -111,8 +127,7 @@ class Space:
 
     def splits(self, rows: Rows) -> Rows:
         """With each number of layers of the first, the fullest middle and the last pipeline stage."""
-        names = ["layers_first", "layers_middle", "layers_last"]
-        return _join(rows, [rows["pp"], rows["interleave"]], self._splits, names)
+        return _join(rows, [rows["pp"], rows["interleave"]], self._splits, _SPLIT)
 
     def recomputations(self, rows: Rows) -> Rows:
         """With each kind of recomputation; a model that is not described has none to choose."""
@@ -130,13 +145,60 @@ class Space:
         rows |= {"dp_replicate": dp_replicate[which], "dp_shard": dp_shard[which]}
         sharded = rows["dp_shard"] > 1
         legal = rows["dp_shard"] * rows["cp"] * rows["tp"] % rows["ep"] == 0
+        if "dp_replicate" not in self.spec.parallelism and self.sizes.dp_shard.max >= SHARDED:
+            legal &= (rows["dp_replicate"] == 1) | (rows["dp_shard"] >= SHARDED)
         if len(self.sizes.zero) > 1:
             legal &= sharded | (rows["zero"] == self.sizes.zero[0])
         return take(rows | {"zero": np.where(sharded, rows["zero"], 0)}, legal)
 
-    def everything(self) -> Rows:
-        """Every legal plan."""
-        return self.replicas(self.recomputations(self.splits(self.micro_batches(self.loads(self.shapes())))))
+    # ------------------------------------------------------------ bounds and samples of them
+
+    def work(self, rows: Rows) -> Floats:
+        """What each device of the fullest stage computes in a step at least, in layers and samples."""
+        layers = -(-self.spec.model.layers // rows["pp"]) if self.spec.model else 1 / rows["pp"]
+        return np.asarray(rows["samples"] * layers / (rows["cp"] * rows["tp"]))
+
+    def least_splits(self, rows: Rows) -> Rows:
+        """Layers per stage that no split of the layers is faster than: one stage with an even share, the ends small."""
+        return _join(rows, [rows["pp"]], self._least_split, _SPLIT)
+
+    def even_splits(self, rows: Rows) -> Rows:
+        """With the one split whose fullest stage has fewest layers, the last of these stages still fewer."""
+        return _join(rows, [rows["pp"], rows["interleave"]], self._even_split, _SPLIT)
+
+    def smallest(self, rows: Rows) -> Rows:
+        """Of each load only the smallest micro-batch, which needs least memory."""
+        other = (rows["shape"][1:] != rows["shape"][:-1]) | (rows["samples"][1:] != rows["samples"][:-1])
+        return take(rows, np.append(other, True)[: length(rows)])
+
+    def largest(self, loads: Rows) -> Rows:
+        """Of each shape only the load with the most replicas, and no fewer."""
+        last = np.append(loads["shape"][1:] != loads["shape"][:-1], True)
+        rows = take(loads, last[: length(loads)])
+        return rows | {"least": rows["most"]}
+
+    def divisions(self, rows: Rows) -> Ints:
+        """In how many ways `replicas` divides each row, or a few more."""
+        counts = self._pairs[0]
+        first = np.searchsorted(counts, rows["least"], side="left")
+        return np.asarray(np.maximum(0, np.searchsorted(counts, rows["most"], side="right") - first))
+
+    def most_plans(self, loads: Rows) -> int:
+        """How many plans there are of these loads, or a few more."""
+        sizes = np.minimum(2 * np.sqrt(loads["samples"]) + 1, _MOST_SIZES)
+        splits = {int(pp): len(self._splits(int(pp), 1)) for pp in np.unique(loads["pp"])}
+        each = np.array([splits[int(pp)] for pp in loads["pp"]])
+        return int((self.divisions(loads) * sizes * each).sum()) * len(RECOMPUTATIONS)
+
+    def _least_split(self, pp: int) -> Ints:
+        if self.spec.model is None:
+            return np.zeros((1, 3), np.int64)
+        share = -(-self.spec.model.layers // pp)
+        return np.array([(share, 0, 0) if pp == 1 else (share, 0, 1) if pp == 2 else (1, share, 1)], np.int64)
+
+    def _even_split(self, pp: int, interleave: int) -> Ints:
+        found = self._splits(pp, interleave)
+        return found[np.lexsort([found[:, 0], found[:, 2], found.max(axis=1)])[:1]]
 
     # ------------------------------------------------------------ what is joined
 

@@ -93,7 +93,7 @@ def check(spec: JobSpec, capacity: list[NodeCapacity], answer: Planned) -> None:
     for axis in AXES:
         limits = axis_bounds(spec, axis)
         assert limits.min <= getattr(mesh, axis) <= limits.max
-    assert mesh.cp == mesh.ep == 1
+    assert mesh.cp == mesh.ep == taken.interleave == 1
     if spec.model is not None:
         assert why_not_tensor(spec.model, mesh.tp) is None
         assert sum(taken.stage_layers) == spec.model.layers

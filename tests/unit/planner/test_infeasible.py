@@ -23,10 +23,15 @@ from tests.unit.planner.jobs import EXAMPLE, LLAMA_70B, infeasible, job, nodes, 
         (job(tp=AxisBounds(8, 16)), nodes(16), "tp of at least 8 is more than the model allows", "1 or 2 or 4"),
         (job(pp=9), nodes(16), "pp of at least 9 is more than the model allows", "5 or 6 or 7 or 8"),
         (job(dp_shard=8, global_batch=4), nodes(8), "a batch of 4 cannot feed 8", "spec.batch.global of at least 8"),
-        (job(cp=2), nodes(4), "cp above 1 is not supported yet", "spec.parallelism.cp.min 1"),
-        (job(ep=2), nodes(4), "ep above 1 is not supported yet", "spec.parallelism.ep.min 1"),
+        (job(cp=3), nodes(4), "cp 3 does not divide seq_length 128", "cp that allows 1"),
+        (job(ep=2), nodes(4), "the model has no experts", "ep that allows 1"),
         (job(device_kind="h999"), nodes(4), "'h999' is not in the catalogue", "cpu, a100, h100"),
-        (job(None, global_batch=2, min_nodes=3), nodes(4), "no legal mesh uses between 3", "larger spec.batch.global"),
+        (
+            job(None, global_batch=2, min_nodes=3),
+            nodes(4),
+            "no legal mesh uses between 3",
+            "spec.batch.global of at least 3",
+        ),
     ],
 )
 def test_reason_and_need(spec: JobSpec, capacity: list[NodeCapacity], reason: str, needs: str) -> None:
@@ -34,6 +39,12 @@ def test_reason_and_need(spec: JobSpec, capacity: list[NodeCapacity], reason: st
     assert reason in answer.reason
     assert needs in answer.needs
     assert answer.needs in answer.reason
+
+
+def test_nodes_that_cannot_train_together_are_told() -> None:
+    answer = infeasible(job(None, min_nodes=3), nodes(2) + nodes(1, 1, "h100", first=3))
+    assert "fewer than 3 nodes (spec.nodes.min) have devices that can train together" in answer.reason
+    assert answer.needs == "spec.nodes.min 1"
 
 
 def test_the_missing_devices_are_enough() -> None:
@@ -51,7 +62,7 @@ def test_too_little_memory_names_devices_that_would_do() -> None:
     spec = job(LLAMA_70B, global_batch=1024)
     answer = infeasible(spec, nodes(1, 8, "h100"))
     assert "72 GiB of 80 GiB may be filled" in answer.reason
-    assert "about 16 devices of this kind" in answer.needs
+    assert answer.needs == "1 more node"
     assert any("needs" in item.reason for item in answer.rejected)
     assert planned(spec, nodes(2, 8, "h100")).plan.memory_bytes <= 72 * GIB
 

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.core.spec import ModelSpec
 from orchestrator.core.types import Mesh, Recomputation
-from orchestrator.planner.batch import micro_batches, split
+from orchestrator.planner.batch import split
 from orchestrator.planner.cost import Links, collective_s, relative_cost, slowest_stage, step_cost
 from orchestrator.planner.hardware import CATALOGUE, GIB, find
 from orchestrator.planner.memory import peak_bytes
@@ -41,15 +41,6 @@ def test_batches_are_split_exactly() -> None:
     assert split(512, 7, 74).samples == (74, 73, 73, 73, 73, 73, 73)
     assert split(7, 3, 2).micro_batches == 2
     assert split(3, 3, 1).samples == (1, 1, 1)
-
-
-def test_micro_batches_offered() -> None:
-    assert micro_batches(12, 1, None)[0] == (12, 1)
-    assert micro_batches(12, 1, None)[-1] == (1, 12)
-    assert micro_batches(10, 1, 4) == [(4, 3)]
-    assert micro_batches(2, 1, 4) == [(2, 1)]
-    assert all(number >= 4 for _, number in micro_batches(32, 4, None))
-    assert micro_batches(2, 4, None) == [(1, 2)]
 
 
 def test_states_are_divided_over_shards_and_tensor_groups() -> None:

@@ -144,10 +144,11 @@ def test_an_unknown_device_is_planned_for_and_said() -> None:
 
 
 def test_unmet_axes_are_rejected_with_a_reason() -> None:
-    answer = planned(job(cp=AxisBounds(1, 4)), nodes(4))
+    answer = planned(job(cp=AxisBounds(1, 4), ep=AxisBounds(1, 4)), nodes(4))
     reasons = {item.what: item.reason for item in answer.rejected}
     assert "tp 3 does not divide heads 8, kv_heads 4" in reasons["tp 3"]
-    assert "not supported yet" in reasons["cp > 1"]
+    assert "cp 3 does not divide seq_length 128" in reasons["cp 3"]
+    assert "the model has no experts" in reasons["ep 2"]
 
 
 def test_alternatives_are_other_meshes_with_numbers_and_reasons() -> None:
@@ -157,7 +158,8 @@ def test_alternatives_are_other_meshes_with_numbers_and_reasons() -> None:
     assert len(set(meshes)) == len(meshes) >= 5
     assert Mesh(dp_shard=2, tp=2) in meshes
     for item in answer.alternatives:
-        assert item.plan.step_s == pytest.approx(item.cost.total_s)
+        assert item.plan.step_s == pytest.approx(sum(item.seconds.values()))
+        assert item.plan.memory_bytes == pytest.approx(sum(item.memory.values()))
         assert item.plan.memory_bytes > 0
         assert "than the plan" in item.plan.reason or "as the plan" in item.plan.reason
 
