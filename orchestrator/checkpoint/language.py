@@ -66,12 +66,15 @@ class Rules:
             raise self._unclear([(parameter, fitting)])
         return fitting[0]
 
-    def assign(self, parameters: Iterable[str]) -> dict[str, Rule]:
-        """The rule of each parameter; raises one `CheckpointError` that lists those that none or several match."""
+    def assign(self, parameters: Iterable[str], where: str = "") -> dict[str, Rule]:
+        """The rule of each parameter; raises one `CheckpointError` that lists those that none or several match.
+
+        `where` is how the error names the checkpoint.
+        """
         fitting = {parameter: self._fitting(parameter) for parameter in parameters}
         unclear = [(parameter, rules) for parameter, rules in fitting.items() if len(rules) != 1]
         if unclear:
-            raise self._unclear(unclear)
+            raise self._unclear(unclear, f" of {where}" if where else "")
         return {parameter: rules[0] for parameter, rules in fitting.items()}
 
     def unused(self, parameters: Iterable[str]) -> list[str]:
@@ -126,13 +129,13 @@ class Rules:
     def _fitting(self, parameter: str) -> list[Rule]:
         return [rule for rule in self.rules if compiled(rule.match).fullmatch(parameter)]
 
-    def _unclear(self, unclear: list[tuple[str, list[Rule]]]) -> CheckpointError:
+    def _unclear(self, unclear: list[tuple[str, list[Rule]]], where: str = "") -> CheckpointError:
         words = []
         for parameter, rules in unclear[:SHOWN]:
             fighting = " and ".join(repr(rule.match) for rule in rules[:SHOWN])
             words.append(f"{parameter} is matched by {fighting or 'none'}")
         more = f" and {len(unclear) - SHOWN} more" if len(unclear) > SHOWN else ""
         return CheckpointError(
-            f"the rules {self.name} must match every parameter exactly once, but {'; '.join(words)}{more}: correct the "
-            "rules or give others"
+            f"the rules {self.name} must match every parameter{where} exactly once, but {'; '.join(words)}{more}: "
+            "correct the rules or give others"
         )

@@ -65,7 +65,7 @@ class Distributed:
         stray = next((name for name in self.states if name not in self.model), None)
         if stray is not None:
             raise corrupt(self.label, "it has optimizer states but no value", stray)
-        assigned = self.rules.assign(self.model)
+        assigned = self.rules.assign(self.model, self.files.location)
         self.notes += self.rules.unused(assigned)
         groups, step = self._groups()
         for name, rule in assigned.items():

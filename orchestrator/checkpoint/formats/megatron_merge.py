@@ -84,7 +84,7 @@ class Whole:
         """Build the view."""
         for place, rank in sorted(self.grid.ranks.items()):
             self._read(place, rank)
-        assigned = self.rules.assign(name for name in self.names if name not in self.aliases)
+        assigned = self.rules.assign((name for name in self.names if name not in self.aliases), self.files.location)
         self.notes += self.rules.unused(assigned)
         for name, rule in assigned.items():
             self._merge(name, rule)
