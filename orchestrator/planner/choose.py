@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +31,11 @@ class Search:
     spec: JobSpec
     spaces: Sequence[Space]
     judges: Sequence[Judge]
+    calibration: Any = None
 
-    def ranked(self, wish: Wish) -> Ranking:
-        """The plans that may be chosen or listed."""
-        found = Ranking()
+    def ranked(self, wish: Wish, known: Ranking | None = None) -> Ranking:
+        """The plans that may be chosen or listed, those `known` included."""
+        found = Ranking(known.rows, known.step) if known else Ranking()
         for space, judge in zip(self.spaces, self.judges, strict=True):
             fastest(space, judge, wish, found)
         return found

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import BatchSplit, Mesh, Plan, Recomputation
 from orchestrator.planner.batch import split
-from orchestrator.planner.candidates import RECOMPUTATIONS
+from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates
 from orchestrator.planner.judge import Judge
 from orchestrator.planner.outcome import Candidate
 from orchestrator.planner.pool import Pool
-from orchestrator.planner.space import Rows, candidates, stage_layers, take
+from orchestrator.planner.space import Rows, candidates, length, stage_layers, take
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +59,44 @@ class Estimate:
 
 def estimates(spec: JobSpec, pools: Sequence[Pool], judges: Sequence[Judge], rows: Rows) -> list[Estimate]:
     """Each of the complete `rows`; their `pool` says on which of `pools`."""
-    return [_estimate(spec, pools, judges, take(rows, slice(at, at + 1))) for at in range(len(rows["pp"]))]
+    found: list[Estimate | None] = [None] * length(rows)
+    for number in np.unique(rows["pool"]):
+        mine = np.flatnonzero(rows["pool"] == number)
+        terms = _Terms(spec, pools[number], judges[number], candidates(take(rows, mine)))
+        for at, position in enumerate(mine):
+            found[position] = terms.estimate(at)
+    return [one for one in found if one is not None]
 
 
-def _estimate(spec: JobSpec, pools: Sequence[Pool], judges: Sequence[Judge], row: Rows) -> Estimate:
-    at = int(row["pool"][0])
-    plans, judge = candidates(row), judges[at]
-    mesh = plans.mesh(0)
-    batch = split(spec.global_batch, mesh.dp_degree, int(plans.micro_batch[0]))
-    layers: tuple[int, ...] = ()
-    tokens_per_s = 0.0
-    step = float(judge.seconds(plans)[0])
-    if spec.model is not None:
-        ends = int(plans.layers_first[0]), int(plans.layers_last[0])
-        layers = stage_layers(spec.model.layers, mesh.pp, *ends)
-        tokens_per_s = spec.global_batch * spec.model.seq_length / step
-    return Estimate(
-        pool=pools[at],
-        mesh=mesh,
-        batch=batch,
-        recomputation=RECOMPUTATIONS[int(plans.recomputation[0])],
-        interleave=int(plans.interleave[0]),
-        zero=int(plans.zero[0]),
-        stage_layers=layers,
-        step=step,
-        seconds=judge.where_seconds(plans),
-        memory=judge.where_memory(plans),
-        tokens_per_s=tokens_per_s,
-        mfu=judge.utilisation(tokens_per_s / mesh.world_size),
-    )
+class _Terms:
+    """What is estimated of several plans at once."""
+
+    def __init__(self, spec: JobSpec, pool: Pool, judge: Judge, plans: Candidates) -> None:
+        self._spec, self._pool, self._judge, self._plans = spec, pool, judge, plans
+        self._steps = judge.seconds(plans)
+        self._seconds, self._memory = judge.where_seconds(plans), judge.where_memory(plans)
+
+    def estimate(self, at: int) -> Estimate:
+        """The plan at this position."""
+        spec, plans = self._spec, self._plans
+        mesh, step = plans.mesh(at), float(self._steps[at])
+        layers: tuple[int, ...] = ()
+        tokens_per_s = 0.0
+        if spec.model is not None:
+            ends = int(plans.layers_first[at]), int(plans.layers_last[at])
+            layers = stage_layers(spec.model.layers, mesh.pp, *ends)
+            tokens_per_s = spec.global_batch * spec.model.seq_length / step
+        return Estimate(
+            pool=self._pool,
+            mesh=mesh,
+            batch=split(spec.global_batch, mesh.dp_degree, int(plans.micro_batch[at])),
+            recomputation=RECOMPUTATIONS[int(plans.recomputation[at])],
+            interleave=int(plans.interleave[at]),
+            zero=int(plans.zero[at]),
+            stage_layers=layers,
+            step=step,
+            seconds={name: float(term[at]) for name, term in self._seconds.items() if term[at]},
+            memory={name: float(term[at]) for name, term in self._memory.items() if term[at]},
+            tokens_per_s=tokens_per_s,
+            mfu=self._judge.utilisation(tokens_per_s / mesh.world_size),
+        )

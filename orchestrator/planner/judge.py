@@ -35,11 +35,11 @@ class Judge(Protocol):
     def least_memory(self, plans: Candidates) -> Floats:
         """Bytes that no division over dp_replicate and fewer dp_shard gets below."""
 
-    def where_seconds(self, plan: Candidates) -> Mapping[str, float]:
-        """Seconds of the one plan by what they are spent on."""
+    def where_seconds(self, plans: Candidates) -> Mapping[str, Floats]:
+        """Seconds by what they are spent on."""
 
-    def where_memory(self, plan: Candidates) -> Mapping[str, float]:
-        """Bytes of the one plan by what they hold."""
+    def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
+        """Bytes by what they hold."""
 
     def utilisation(self, tokens_per_device_s: float) -> float:
         """Model FLOPs utilisation (MFU) at this speed."""
@@ -79,13 +79,13 @@ class Described:
         """See `Judge`."""
         return self.memory(plans)
 
-    def where_seconds(self, plan: Candidates) -> Mapping[str, float]:
+    def where_seconds(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
-        return _by_name(time_terms(self.model, self.machine, plan))
+        return _by_name(time_terms(self.model, self.machine, plans))
 
-    def where_memory(self, plan: Candidates) -> Mapping[str, float]:
+    def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
-        return _by_name(memory_terms(self.model, self.machine, plan))
+        return _by_name(memory_terms(self.model, self.machine, plans))
 
     def utilisation(self, tokens_per_device_s: float) -> float:
         """See `Judge`."""
@@ -116,11 +116,11 @@ class Undescribed:
         """See `Judge`."""
         return self.memory(plans)
 
-    def where_seconds(self, plan: Candidates) -> Mapping[str, float]:
+    def where_seconds(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
         return {}
 
-    def where_memory(self, plan: Candidates) -> Mapping[str, float]:
+    def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
         return {}
 
@@ -129,7 +129,5 @@ class Undescribed:
         return 0.0
 
 
-def _by_name(terms: Any) -> dict[str, float]:
-    """The terms of the first plan that are not 0."""
-    found = {one.name: float(np.ravel(getattr(terms, one.name))[0]) for one in fields(terms)}
-    return {name: value for name, value in found.items() if value}
+def _by_name(terms: Any) -> dict[str, Floats]:
+    return {one.name: getattr(terms, one.name) for one in fields(terms)}

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import NodeCapacity
@@ -53,6 +54,11 @@ class Pool:
         """One node of each kind and memory."""
         return list({(node.kind, node.memory_bytes): node for node in self.nodes}.values())
 
+    @property
+    def alike(self) -> bool:
+        """Whether all nodes have as many devices: then what fits on some of them fits on any as many."""
+        return len(self._sizes) == 1
+
     def grouped(self, tp: int, nodes: int, asked: bool) -> tuple[int, int]:
         """The most devices that groups of `tp` can use, and the fewest that lie on `nodes` nodes; (0, 0): no room.
 
@@ -78,6 +84,7 @@ class Pool:
         return self._aligned[span]
 
 
+@lru_cache(maxsize=1 << 16)
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which `node-2` comes before `node-10`."""
     parts = re.split(r"([0-9]+)", name)
@@ -99,7 +106,8 @@ def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
     More than a few kinds are cut to evenly spaced ones.
     """
     found = []
-    described = [(node, _device(spec, node)) for node in nodes]
+    devices = {kind: find(spec.device_kind or kind) or _UNKNOWN for kind in {node.kind for node in nodes}}
+    described = [(node, devices[node.kind]) for node in nodes]
     for backend in sorted({device.backend for _, device in described}):
         mine = [(node, device) for node, device in described if device.backend == backend]
         grades = sorted({_grade(node, device) for node, device in mine}, reverse=True)
@@ -111,10 +119,6 @@ def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
             known = 0 if memory == math.inf else int(memory)
             found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, known))
     return found
-
-
-def _device(spec: JobSpec, node: NodeCapacity) -> Device:
-    return find(spec.device_kind or node.kind) or _UNKNOWN
 
 
 def _memory(node: NodeCapacity, device: Device) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import Assignment, Mesh, NodeCapacity, Plan
 from orchestrator.planner import shortage
@@ -17,7 +19,7 @@ from orchestrator.planner.judge import judge
 from orchestrator.planner.legality import legal
 from orchestrator.planner.outcome import Infeasible, Planned
 from orchestrator.planner.pool import Pool, pools, usable
-from orchestrator.planner.space import Space, candidates, take
+from orchestrator.planner.space import KEPT, Space, candidates
 
 
 def plan(
@@ -38,42 +40,60 @@ def plan(
     if hopeless is not None:
         return hopeless
     search = _search(spec, pools(spec, nodes), calibration)
-    ranking = search.ranked(Wish())
-    if not len(ranking):
-        return shortage.explained(nodes, search, lambda spec, nodes: _best_mesh(spec, nodes, calibration))
-    choice = choose(search, ranking, previous.mesh if previous else None)
-    return _planned(search, nodes, ranking, choice, assignment)
+    return _answer(search, nodes, search.ranked(Wish()), previous, assignment)
 
 
 def ladder(
-    spec: JobSpec,
-    capacity: Sequence[NodeCapacity],
-    planned: Planned,
-    count: int,
-    calibration: Any = None,
+    spec: JobSpec, capacity: Sequence[NodeCapacity], planned: Planned, count: int, calibration: Any = None
 ) -> tuple[Planned | Infeasible, ...]:
-    """The plans after 1, 2 ... `count` of the nodes that `planned` uses are lost, from the last one on.
+    """The plans after 1, 2 ... `count` of the nodes that `planned` uses are lost at once, its last ones first.
 
-    Nodes of one kind are alike to the planner, so that a rung holds whichever of them are lost.
+    Nodes of one kind are alike to the planner, so that a rung holds whichever of them are lost. Ends before the first
+    rung with no nodes left. Each rung is what `plan` answers, but most of the search is shared.
     """
-    rungs: list[Planned | Infeasible] = []
     names = planned.assignment.names
-    last: Planned = planned
-    for losses in range(1, min(count, len(names)) + 1):
-        gone = set(names[len(names) - losses :])
-        left = [node for node in capacity if node.node not in gone]
-        rung = plan(spec, left, last.plan, last.assignment, calibration)
-        rungs.append(rung)
-        if isinstance(rung, Infeasible):
-            break
-        last = rung
-    return tuple(rungs)
+    rungs: list[Planned | Infeasible] = []
+    below: tuple[Search, Ranking] | None = None
+    for losses in range(min(count, len(names)), 0, -1):
+        gone = set(names[-losses:])
+        nodes = usable(spec, [node for node in capacity if node.node not in gone])
+        hopeless = shortage.before_search(spec, nodes)
+        if hopeless is not None:
+            rungs.append(hopeless)
+            continue
+        search = _search(spec, pools(spec, nodes), calibration)
+        ranking = _above(search, below) if below else search.ranked(Wish())
+        rungs.append(_answer(search, nodes, ranking, planned.plan, planned.assignment))
+        below = search, ranking
+    return tuple(reversed(rungs))
+
+
+def _above(search: Search, below: tuple[Search, Ranking]) -> Ranking:
+    """The ranking of `search`, given that of one with fewer nodes: only plans on more devices than that are new."""
+    fewer, known = below
+    alike = all(len(one.spaces) == 1 and one.spaces[0].pool.alike for one in (search, fewer))
+    if not alike or search.spaces[0].pool.machine != fewer.spaces[0].pool.machine:
+        return search.ranked(Wish())
+    return search.ranked(Wish(devices=fewer.spaces[0].pool.devices + 1), known)
+
+
+def _answer(
+    search: Search,
+    nodes: Sequence[NodeCapacity],
+    ranking: Ranking,
+    previous: Plan | None,
+    assignment: Assignment | None,
+) -> Planned | Infeasible:
+    if not len(ranking):
+        return shortage.explained(nodes, search, lambda spec, nodes: _best_mesh(spec, nodes, search.calibration))
+    choice = choose(search, ranking, previous.mesh if previous else None)
+    return _planned(search, nodes, ranking, choice, assignment)
 
 
 def _search(spec: JobSpec, candidates: Sequence[Pool], calibration: Any) -> Search:
     enough = [pool for pool in candidates if len(pool.nodes) >= spec.min_nodes]
     spaces = [Space(spec, pool, legal(spec, pool.devices), number) for number, pool in enumerate(enough)]
-    return Search(spec, spaces, [judge(spec, pool, calibration) for pool in enough])
+    return Search(spec, spaces, [judge(spec, pool, calibration) for pool in enough], calibration)
 
 
 def _best_mesh(spec: JobSpec, capacity: Sequence[NodeCapacity], calibration: Any) -> Mesh | None:
@@ -86,10 +106,10 @@ def _planned(
     search: Search, nodes: Sequence[NodeCapacity], ranking: Ranking, choice: Choice, assignment: Assignment | None
 ) -> Planned:
     spec, found = search.spec, [space.pool for space in search.spaces]
-    taken = estimates(spec, found, search.judges, choice.row)[0]
     firsts = ranking.firsts()
     order = firsts[ranking.step[firsts].argsort(kind="stable")][: LISTED + 1]
-    listed = estimates(spec, found, search.judges, take(ranking.rows, order))
+    rows = {name: np.append(choice.row[name], ranking.rows[name][order]) for name in KEPT}
+    taken, *listed = estimates(spec, found, search.judges, rows)
     others = [one for one in listed if one.mesh != taken.mesh][:LISTED]
     sizes = search.spaces[int(choice.row["pool"][0])].sizes
     reason = why(spec, choice, taken, others, sizes, sum(node.devices for node in nodes))

@@ -122,8 +122,8 @@ def _closest(space: Space, judge: Judge) -> tuple[_Closest, ...]:
     order = np.argsort(memory, kind="stable")
     best = candidates(take(rows, order[:1]))
     terms = judge.where_memory(best)
-    name = max(terms, key=lambda one: terms[one])
-    dominant = f"{gib(terms[name])} of it {HELD[name]}"
+    name = max(terms, key=lambda one: float(terms[one][0]))
+    dominant = f"{gib(float(terms[name][0]))} of it {HELD[name]}"
     listed: dict[Mesh, float] = {}
     plans = candidates(take(rows, order[:200]))
     for at in range(len(plans)):

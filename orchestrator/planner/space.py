@@ -10,7 +10,7 @@ of micro-batches, and layers per stage that leave some stage fuller than another
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import product
 from math import ceil
@@ -63,6 +63,10 @@ def _join(rows: Rows, keys: Sequence[Ints], choices: Callable[..., Ints], names:
     repeated, position = _repeat(rows | {"_": which}, sizes[which])
     found = np.concatenate(tables)[(np.cumsum(sizes) - sizes)[repeated.pop("_")] + position]
     return repeated | {name: found[:, column] for column, name in enumerate(names)}
+
+
+KEPT = (*(one.name for one in fields(Candidates)), "pool")
+"""Columns of complete rows that say which plan it is."""
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -221,22 +225,7 @@ class Space:
 
 def candidates(rows: Rows) -> Candidates:
     """Complete rows as what the models of memory and time take."""
-    return Candidates(
-        pp=rows["pp"],
-        interleave=rows["interleave"],
-        dp_replicate=rows["dp_replicate"],
-        dp_shard=rows["dp_shard"],
-        cp=rows["cp"],
-        tp=rows["tp"],
-        ep=rows["ep"],
-        zero=rows["zero"],
-        micro_batch=rows["micro_batch"],
-        micro_batches=rows["micro_batches"],
-        recomputation=rows["recomputation"],
-        layers_first=rows["layers_first"],
-        layers_middle=rows["layers_middle"],
-        layers_last=rows["layers_last"],
-    )
+    return Candidates(*(rows[name] for name in KEPT[:-1]))
 
 
 def only(space: Space, mesh: Mesh) -> Rows:

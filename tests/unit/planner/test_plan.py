@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.core.spec import AxisBounds
+from orchestrator.core.spec import AxisBounds, ModelSpec
 from orchestrator.core.types import Mesh, NodeCapacity, Plan, Recomputation
-from orchestrator.planner import plan
+from orchestrator.planner import Infeasible, Planned, ladder, plan
 from orchestrator.planner.hardware import GIB
 from tests.unit.planner.jobs import LLAMA_8B, LLAMA_70B, job, nodes, planned
 
@@ -179,3 +179,28 @@ def test_the_previous_plan_alone_never_makes_an_illegal_mesh_legal() -> None:
     old: Plan = planned(job(), nodes(4)).plan
     odd = replace(old, mesh=Mesh(tp=3))
     assert planned(job(), nodes(4), odd).plan.mesh != Mesh(tp=3)
+
+
+@pytest.mark.parametrize("model", [LLAMA_8B, None])
+def test_a_ladder_holds_what_plan_answers_after_each_loss(model: ModelSpec | None) -> None:
+    spec, capacity = job(model, global_batch=64, min_nodes=2), nodes(4, 8, "h100")
+    first = planned(spec, capacity)
+    rungs = ladder(spec, capacity, first, 8)
+    assert len(rungs) == 4
+    for losses, rung in enumerate(rungs, 1):
+        gone = set(first.assignment.names[-losses:])
+        left = [node for node in capacity if node.node not in gone]
+        alone = plan(spec, left, first.plan, first.assignment)
+        if isinstance(alone, Planned):
+            assert isinstance(rung, Planned)
+            alone = replace(alone, weighed=rung.weighed)
+        assert rung == alone
+    assert isinstance(rungs[-1], Infeasible)
+
+
+def test_a_ladder_on_nodes_of_different_sizes() -> None:
+    spec, capacity = job(LLAMA_8B, global_batch=64), [*nodes(2, 8, "h100"), *nodes(2, 4, "h100", first=3)]
+    first = planned(spec, capacity)
+    for losses, rung in enumerate(ladder(spec, capacity, first, 3), 1):
+        left = [node for node in capacity if node.node not in set(first.assignment.names[-losses:])]
+        assert replace(rung, weighed=0) == replace(planned(spec, left, first.plan, first.assignment), weighed=0)
