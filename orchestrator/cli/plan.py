@@ -7,16 +7,18 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from orchestrator.cli.options import JobFile, Json
 from orchestrator.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from orchestrator.core.types import NodeCapacity
-    from orchestrator.planner import Candidate, Planned
+    from orchestrator.planner import Candidate, Infeasible, Planned
 
 _NODES = "Nodes x devices : kind, for example 7x8:h100, or 3x8:h100,1x4:h100. Kind: a name of the catalogue; else cpu."
 _LOSE = "Then lose these nodes: a number of them, or names (node-3,node-5). Repeatable for one loss after another."
+_LADDER = "Then the plans for so many losses more, as a running job has them ready."
 _GROUP = re.compile(r"([1-9]\d{0,4})(?:x([1-9]\d{0,3}))?(?::([A-Za-z0-9][\w .-]*))?")
 
 
@@ -26,13 +28,17 @@ def plan(
     *,
     nodes: Annotated[str, Parameter(help=_NODES)],
     lose: Annotated[list[str] | None, Parameter(negative="", help=_LOSE)] = None,
+    ladder: Annotated[int, Parameter(help=_LADDER, validator=Number(gte=0))] = 0,
     json: Json = False,
 ) -> None:
     """Rank the plans for a job on a set of nodes, and the plans after losses; every plan says why.
 
-    Example: regrow plan job.yaml --nodes 7x8:h100 --lose node-3
+    Example: regrow plan job.yaml --nodes 7x8:h100 --lose node-3 --ladder 4
     """
+    from rich.console import Console
+
     from orchestrator import jobfile, planner
+    from orchestrator.cli.plan_tables import show, show_ladder
 
     spec = jobfile.load(job)
     capacity = _capacity(nodes)
@@ -43,11 +49,16 @@ def plan(
         capacity = [node for node in capacity if node.node not in gone]
         found = _found(planner.plan(spec, capacity, found.plan, found.assignment))
         rounds.append((f"without {', '.join(gone)}", found))
+    rungs = planner.ladder(spec, capacity, found, ladder)
     if json:
-        print(jsonlib.dumps({"rounds": [{"when": when} | _data(one) for when, one in rounds]}))
-    else:
-        for when, one in rounds:
-            _show(when, one)
+        shown = {"rounds": [{"when": when} | _data(one) for when, one in rounds]}
+        print(jsonlib.dumps(shown | {"ladder": [_rung(losses, rung) for losses, rung in enumerate(rungs, 1)]}))
+        return
+    console = Console()
+    for when, one in rounds:
+        show(console, when, one)
+    if rungs:
+        show_ladder(console, found, rungs)
 
 
 def _capacity(text: str) -> list[NodeCapacity]:
@@ -96,34 +107,25 @@ def _data(found: Planned) -> dict[str, Any]:
     return {
         "plan": wire.to_data(found.plan),
         "assignment": wire.to_data(found.assignment),
-        "alternatives": [wire.to_data(one.plan) for one in found.alternatives],
+        "chosen": _candidate(found.chosen),
+        "alternatives": [_candidate(one) for one in found.alternatives],
         "rejected": [{"what": one.what, "reason": one.reason} for one in found.rejected],
+        "weighed": found.weighed,
     }
 
 
-def _show(when: str, found: Planned) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _candidate(one: Candidate) -> dict[str, Any]:
+    """The plan and what is estimated of it: seconds of a step and bytes of a device by term."""
+    from orchestrator import wire
 
-    console = Console()
-    console.print(Text.assemble((f"{when}: ", "bold"), (str(found.plan.mesh), "bold green"), f"\n{found.plan.reason}"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "mesh", "devices", "samples", "batches", "recompute", "memory", "step"):
-        table.add_column(column, overflow="fold")
-    candidates = [found.chosen, *found.alternatives]
-    for number, one in enumerate(candidates):
-        table.add_row("*" if number == 0 else str(number + 1), *_cells(one))
-    console.print(table)
-    for rejection in found.rejected:
-        console.print(Text(f"not {rejection.what}: {rejection.reason}", style="dim"))
+    estimated = {"seconds": dict(one.seconds), "memory": dict(one.memory)}
+    speed = {"tokens_per_s": one.tokens_per_s, "mfu": one.mfu, "lost": one.lost}
+    return {**wire.to_data(one.plan), **estimated, **speed}
 
 
-def _cells(one: Candidate) -> list[str]:
-    plan = one.plan
-    samples = sorted(set(plan.batch.samples), reverse=True)
-    memory = f"{plan.memory_bytes / 2**30:.1f} GiB" if plan.memory_bytes else "-"
-    step = f"{plan.step_s:.4g} s" if plan.step_s else "-"
-    batch = f"{plan.batch.micro_batches} of {plan.batch.micro_batch}"
-    return [str(plan.mesh), str(one.devices), "/".join(map(str, samples)), batch, str(plan.recomputation), memory, step]
+def _rung(losses: int, rung: Planned | Infeasible) -> dict[str, Any]:
+    from orchestrator.planner import Infeasible
+
+    if isinstance(rung, Infeasible):
+        return {"lost": losses, "infeasible": rung.reason, "needs": rung.needs}
+    return {"lost": losses} | _data(rung)

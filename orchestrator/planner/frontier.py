@@ -128,8 +128,7 @@ def fastest(space: Space, judge: Judge, wish: Wish, found: Ranking, at_once: int
     if not length(loads):
         return
     if space.most_plans(loads) <= (ALL_AT_ONCE if at_once is None else at_once):
-        rows = space.replicas(space.recomputations(space.splits(space.micro_batches(loads))))
-        found.add(*fitting(wish.among(rows), judge))
+        found.add(*fitting(wish.among(space.complete(loads)), judge))
         return
     efficiency = _begin(space, judge, wish, found, loads)
     rows = space.micro_batches(take(loads, space.work(loads) * efficiency <= found.limit * _HOPELESS))

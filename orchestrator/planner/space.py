@@ -155,6 +155,10 @@ class Space:
             legal &= sharded | (rows["zero"] == self.sizes.zero[0])
         return take(rows | {"zero": np.where(sharded, rows["zero"], 0)}, legal)
 
+    def complete(self, loads: Rows) -> Rows:
+        """Every legal plan of these loads."""
+        return self.replicas(self.recomputations(self.splits(self.micro_batches(loads))))
+
     # ------------------------------------------------------------ bounds and samples of them
 
     def work(self, rows: Rows) -> Floats:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.bench import recovery
 from tests.bench.checkpoint import distributed, native, universal
+from tests.bench.planner import search
 
 CHECKPOINT_BYTES = 256 << 20
 
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "checkpoint": checkpoint,
     "checkpoint-universal": universal.measure,
     "checkpoint-distributed": distributed.measure,
+    "planner": search.measure,
     "recovery": recovery.measure,
 }
 

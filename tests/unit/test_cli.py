@@ -163,6 +163,59 @@ def test_plans_are_ranked_and_follow_losses(job: Path, capsys: pytest.CaptureFix
     assert "at first: dp_shard 2" in capsys.readouterr().out
 
 
+LARGE = """
+apiVersion: regrow.dev/v1alpha1
+kind: TrainingJob
+metadata: {name: large}
+spec:
+  entrypoint: {script: train.py}
+  nodes: {min: 2, max: 4}
+  batch: {global: 64}
+  model: {layers: 32, hidden: 4096, heads: 32, kvHeads: 8, ffnHidden: 14336, vocab: 128256, seqLength: 8192}
+  parallelism: {cp: {max: 2}, interleave: {max: 2}, zero: {min: 2}}
+  checkpoint: {uri: checkpoints}
+"""
+
+
+def test_terms_and_the_ladder_are_shown_in_a_hundred_columns(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    job.write_text(LARGE)
+    assert main(["plan", "job.yaml", "--nodes", "4x8:h100", "--ladder", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines()) <= 100
+    for words in ("tokens/s", "MFU", "step, seconds", "memory, GiB", "states", " lost by ", "more with --json"):
+        assert words in shown
+    assert "3     none" in shown
+    assert "3 lost: 1 node with devices is available but the job needs 2" in shown
+
+
+def test_every_term_and_rung_is_in_the_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job.write_text(LARGE)
+    assert main(["plan", "job.yaml", "--nodes", "4x8:h100", "--ladder", "3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for one in [answer["rounds"][0]["chosen"], *answer["rounds"][0]["alternatives"]]:
+        assert sum(one["seconds"].values()) == pytest.approx(one["step_s"])
+        assert sum(one["memory"].values()) == pytest.approx(one["memory_bytes"])
+        assert one["tokens_per_s"] == pytest.approx(64 * 8192 / one["step_s"])
+        assert 0 < one["mfu"] < 1
+    assert [rung["lost"] for rung in answer["ladder"]] == [1, 2, 3]
+    assert answer["ladder"][2]["needs"] == "1 more node"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("zero: 4", "spec.parallelism.zero (4) is more than 3"),
+        ("interleave: {max: 4, prefer: 2}", "spec.parallelism.interleave.prefer is not known"),
+    ],
+)
+def test_what_is_no_axis_has_no_preference(job: Path, capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+    job.write_text(LARGE.replace("cp: {max: 2}, interleave: {max: 2}, zero: {min: 2}", line))
+    assert said in failed(capsys, 2, "plan", "job.yaml", "--nodes", "4x8:h100")
+
+
 TOKEN = "sesame"
 
 

@@ -11,6 +11,7 @@ from orchestrator.planner import Infeasible, Planned, plan
 EXAMPLE = ModelSpec(layers=8, hidden=256, heads=8, kv_heads=4, ffn_hidden=688, vocab=256, seq_length=128)
 LLAMA_8B = ModelSpec(32, 4096, 32, 8, 14336, 128256, 8192)
 LLAMA_70B = ModelSpec(80, 8192, 64, 8, 28672, 128256, 8192)
+LLAMA_405B = ModelSpec(126, 16384, 128, 8, 53248, 128256, 8192)
 
 
 def job(model: ModelSpec | None = EXAMPLE, **changes: Any) -> JobSpec:
