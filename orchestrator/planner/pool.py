@@ -11,11 +11,11 @@ from functools import lru_cache
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import NodeCapacity
-from orchestrator.planner.hardware import GIB, Device, find
+from orchestrator.planner.hardware import CATALOGUE, GIB, Device, find
 from orchestrator.planner.interim import Machine
 
 _MOST_POOLS = 6
-_UNKNOWN = Device("unknown", "nccl", 1e14, 0, 2e12, 100e9, 10e9, 1e-5, 1e-4, 0.5, 2)
+_UNKNOWN = replace(CATALOGUE["a100"], name="unknown", memory_bytes=0)
 """What a device outside the catalogue is taken for: some GPU. It ranks meshes; its seconds mean little."""
 
 
