@@ -1,149 +1,316 @@
 """Seconds per step in closed form.
 
-A step is (micro-batches + stages - 1) passes of the slowest stage of the replica with the most samples, plus what
-communication of parameters and gradients is not hidden, plus the optimizer. A collective over n devices moves
-(n - 1) / n of the bytes over the slowest link of the group and pays log2(n) hops.
+A pipeline runs `micro_batches` passes of its slowest stage, and the other stages once more to fill and drain (1F1B;
+divided by `interleave`: Narayanan et al. 2021, arXiv:2104.04473, section 2.2). A pass is, layer by layer, the matrix
+products, attention, the traffic of elementwise operations to memory, and the collectives of `tp`, `cp` and `ep`. A
+product of m x k and k x n takes its operations at the measured best rate, plus its operands once through memory, which
+is what makes small and thin ones inefficient. A collective over n devices moves (n - 1) / n of its bytes over the
+slowest link of the group and pays log2(n) hops. Traffic of parameters and gradients hides behind computing as far as
+the device's `overlap` says.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
 
 from orchestrator.core.spec import ModelSpec
-from orchestrator.core.types import Mesh, Recomputation
-from orchestrator.planner.hardware import Device
+from orchestrator.planner.calibration import Calibration
+from orchestrator.planner.candidates import Candidates, Floats, Ints
+from orchestrator.planner.hardware import Machine
+from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.transformer import (
-    attention_flops,
-    layer_flops,
-    layer_parameters,
-    output_flops,
-    split_layers,
+    attention_parameters,
+    expert_layers,
+    expert_parameters,
+    feed_forward_parameters,
+    head_size,
+    key_value_size,
+    matrices,
+    query_size,
+    shared_parameters,
     vocabulary_parameters,
 )
 
-_OPTIMIZER_BYTES = 28
+PRODUCTS = 0.82
+"""Of the highest measured rate: what products of a training step reach when they are large."""
+PRODUCTS_FP8 = 0.72
+"""The same in fp8, casts and scales included."""
+ATTENTION = 0.55
+"""Of the highest measured 16-bit rate: fused attention, forward and backward."""
+UNFUSED_ATTENTION = 0.25
+"""The same for batched products with scores in memory."""
+UNALIGNED = 6.0
+"""How many times longer batched products take where heads are no multiple of eight numbers: no tensor cores."""
+MEMORY = 0.8
+"""Of the memory bandwidth: elementwise operations."""
+LINK = 0.75
+"""Of a link's bandwidth: large collectives."""
+TENSOR_OVERLAP = 0.25
+"""Share of the collectives of `tp` and `cp` that hides behind products."""
+BACKWARD = 2.0
+"""Products of the backward pass per product of the forward pass."""
+ATTENTION_BACKWARD = 2.5
+"""Operations of fused attention backward (scores are computed again) per operation forward."""
+OPTIMIZER_BYTES = 28
 """Traffic of one Adam update per parameter: four fp32 numbers read, three written."""
+GROUPED = 0.75
+"""Of the rate of one product: the products of several experts in one launch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Where the seconds of a step go; without a model they are relative units, not seconds."""
+class TimeTerms:
+    """Seconds per step of each plan; of communication, what is not hidden behind computing."""
 
-    compute_s: float = 0.0
-    recompute_s: float = 0.0
-    tensor_s: float = 0.0
-    pipeline_s: float = 0.0
-    bubble_s: float = 0.0
-    data_s: float = 0.0
-    optimizer_s: float = 0.0
+    compute: Floats
+    recompute: Floats
+    tensor: Floats
+    context: Floats
+    expert: Floats
+    pipeline: Floats
+    bubble: Floats
+    data: Floats
+    optimizer: Floats
 
     @property
-    def total_s(self) -> float:
+    def total(self) -> Floats:
         """Seconds per step."""
-        return (
-            self.compute_s
-            + self.recompute_s
-            + self.tensor_s
-            + self.pipeline_s
-            + self.bubble_s
-            + self.data_s
-            + self.optimizer_s
-        )
+        return np.asarray(sum(getattr(self, one.name) for one in fields(self)))
+
+    def take(self, index: int) -> TimeTerms:
+        """The terms of one plan, as arrays of length 1."""
+        return TimeTerms(*(getattr(self, one.name)[index : index + 1] for one in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
-    """Slowest bandwidth inside each group of a mesh, bytes per second."""
+class Layer:
+    """One (mean) layer of each plan, seconds per micro-batch and device."""
 
-    tp: float
-    dp_shard: float
-    dp_replicate: float
-    pp: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """The slowest pipeline stage, per device of a `tp` group."""
-
-    layers: int
-    flops: float
-    """Forward, per token."""
-    attention: float
-    """Of these, attention."""
-    parameters: float
+    forward: Floats
+    backward: Floats
+    scores: Floats
+    """Of `forward`, attention: what selective recomputation does again."""
+    tensor: Floats
+    """Collectives of `tp` of a forward pass; the backward pass has as many."""
+    context: Floats
+    expert: Floats
 
 
-@cache
-def slowest_stage(model: ModelSpec, stages: int, tp: int) -> Stage:
-    """The first stage, or the last with its output projection, whichever computes longer."""
-    split = split_layers(model.layers, stages)
-    first, last = split[0], split[-1]
-    embedding = vocabulary_parameters(model)
-    if stages == 1:
-        weights = first * layer_parameters(model) + embedding * (1 if model.tied_embeddings else 2)
-    else:
-        weights = max(first, last) * layer_parameters(model) + embedding
-    first_flops, last_flops = first * layer_flops(model), last * layer_flops(model) + output_flops(model)
-    layers = last if last_flops >= first_flops else first
-    flops = max(first_flops, last_flops)
-    return Stage(layers, flops / tp, layers * attention_flops(model) / tp, weights / tp)
-
-
-def collective_s(size_bytes: float, group: int, bytes_per_s: float, latency_s: float) -> float:
+def collective_s(size_bytes: Floats, group: Ints, bytes_per_s: Floats, latency_s: float) -> Floats:
     """Seconds of an all-gather or reduce-scatter whose full tensor has `size_bytes`."""
-    if group == 1:
-        return 0.0
-    return (group - 1) / group * size_bytes / bytes_per_s + (group - 1).bit_length() * latency_s
+    hops = np.ceil(np.log2(np.maximum(group, 1)))
+    return np.where(group <= 1, 0.0, (group - 1) / group * size_bytes / (LINK * bytes_per_s) + hops * latency_s)
 
 
-def step_cost(
-    model: ModelSpec,
-    device: Device,
-    links: Links,
-    mesh: Mesh,
-    micro_batch: int,
-    micro_batches: int,
-    recomputation: Recomputation,
-) -> Cost:
-    """Cost of one step under `mesh`, for the replica with the most samples."""
-    pp, tp = mesh.pp, mesh.tp
-    stage = slowest_stage(model, pp, tp)
-    tokens = micro_batch * model.seq_length
-    forward_s = tokens * stage.flops / device.flops_per_s
-    compute_s = 3 * forward_s + stage.layers * device.overhead_s
-    again_s, again_collectives = 0.0, 0
-    if recomputation is Recomputation.FULL:
-        again_s, again_collectives = forward_s, 4
-    elif recomputation is Recomputation.SELECTIVE:
-        again_s = forward_s * stage.attention / stage.flops
-    activation_bytes = tokens * model.hidden * device.number_bytes
-    # Attention and feed-forward each gather and scatter once, forward and backward.
-    tensor_s = stage.layers * (8 + again_collectives) * collective_s(activation_bytes, tp, links.tp, device.latency_s)
-    send_s = 2 * (activation_bytes / tp / links.pp + device.latency_s) if pp > 1 else 0.0
-    pass_s = compute_s + again_s + tensor_s + send_s
-    data_s = _data_s(device, links, stage, mesh, 2 * micro_batches if pp == 1 else 2)
-    return Cost(
-        compute_s=micro_batches * compute_s,
-        recompute_s=micro_batches * again_s,
-        tensor_s=micro_batches * tensor_s,
-        pipeline_s=micro_batches * send_s,
-        bubble_s=(pp - 1) * pass_s,
-        data_s=max(0.0, data_s - device.overlap * micro_batches * compute_s),
-        optimizer_s=stage.parameters / mesh.dp_shard * _OPTIMIZER_BYTES / device.memory_bytes_per_s,
+def link(machine: Machine, span: Ints) -> Floats:
+    """Bytes per second and device of a group that spans so many devices in rank order."""
+    device = machine.device
+    return np.where(span <= machine.domain, device.node_bytes_per_s, device.network_bytes_per_s)
+
+
+def product_s(machine: Machine, numbers: Numbers, m: Any, n: Any, k: Any, share: float = 1.0) -> Floats:
+    """Seconds of a product of m x k and k x n."""
+    device = machine.device
+    eighth = numbers.precision in ("fp8", "fp4") and device.fp8_flops_per_s > 0
+    rate = device.fp8_flops_per_s * PRODUCTS_FP8 if eighth else device.flops_per_s * PRODUCTS
+    wide = 1.5 if eighth else device.number_bytes
+    work = 2.0 * m * n * k / (rate * share)
+    return np.asarray(work + wide * (m * n + m * k + n * k) / device.memory_bytes_per_s, np.float64)
+
+
+def layer_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Layer:
+    """The mean layer of each plan."""
+    tokens = plans.micro_batch * (model.seq_length / plans.cp)
+    products = _products(model, machine, plans, numbers, tokens)
+    scores, scores_back = _attention(model, machine, plans, numbers, tokens)
+    passes = _elementwise_bytes(model, machine, plans, numbers) * tokens / (machine.device.memory_bytes_per_s * MEMORY)
+    overhead = machine.device.overhead_s / 3
+    wide = machine.device.number_bytes
+    around = tokens * model.hidden * wide
+    seen, hop_s = 1 - TENSOR_OVERLAP, machine.device.latency_s
+    # Two all-gathers and two reduce-scatters, or two all-reduces.
+    tensor = seen * 4 * collective_s(around, plans.tp, link(machine, plans.tp), hop_s)
+    pair = 2 * key_value_size(model) / plans.tp * tokens * wide * plans.cp
+    spread = link(machine, plans.tp * plans.cp)
+    context = seen * collective_s(pair, plans.cp, spread, hop_s)
+    backward = BACKWARD / 2 if numbers.frozen else BACKWARD
+    return Layer(
+        forward=products + scores + passes + overhead,
+        backward=backward * products + scores_back + 2 * passes + 2 * overhead,
+        scores=scores,
+        tensor=tensor,
+        context=context,
+        expert=_all_to_all(model, machine, plans, tokens),
     )
 
 
-def _data_s(device: Device, links: Links, stage: Stage, mesh: Mesh, gathers: int) -> float:
-    """Parameters gathered `gathers` times, gradients scattered once over `dp_shard`, averaged over `dp_replicate`."""
-    hops_s = stage.layers * device.latency_s
-    parameters_s = collective_s(stage.parameters * device.number_bytes, mesh.dp_shard, links.dp_shard, hops_s)
-    gradients_s = collective_s(stage.parameters * 4, mesh.dp_shard, links.dp_shard, hops_s)
-    average_s = collective_s(stage.parameters * 4 / mesh.dp_shard, mesh.dp_replicate, links.dp_replicate, hops_s)
-    return gathers * parameters_s + gradients_s + 2 * average_s
+def _products(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers, tokens: Floats) -> Floats:
+    """The matrix products of a layer, forward."""
+    hidden, tp = model.hidden, plans.tp
+
+    def product(n: Any, k: Any) -> Floats:
+        return product_s(machine, numbers, tokens, n, k)
+
+    query, pair, gates = query_size(model), 2 * key_value_size(model), matrices(model) - 1
+    total = product((query + pair) / tp, hidden) + product(hidden, query / tp)
+    with_experts = expert_layers(model) / model.layers
+    dense = product(gates * model.ffn_hidden / tp, hidden) + product(hidden, model.ffn_hidden / tp)
+    if not with_experts:
+        return total + dense
+    # Every device computes the tokens of `ep` devices on its own share of the experts.
+    local = np.maximum(model.experts / plans.ep, 1.0)
+    each = tokens * model.experts_per_token / local
+    width = model.expert_hidden / tp
+    experts = local * (
+        product_s(machine, numbers, each, gates * width, hidden, GROUPED)
+        + product_s(machine, numbers, each, hidden, width, GROUPED)
+    )
+    shared = 0.0 * total
+    if model.shared_hidden:
+        shared = product(gates * model.shared_hidden / tp, hidden) + product(hidden, model.shared_hidden / tp)
+    return total + (1 - with_experts) * dense + with_experts * (experts + shared)
 
 
-def relative_cost(pp: int, tp: int, micro_batch: int, micro_batches: int) -> Cost:
-    """Cost of a model that is not described, in units of one sample on one device: work and bubble alone."""
-    work = micro_batch * micro_batches / (pp * tp)
-    return Cost(compute_s=work, bubble_s=work * (pp - 1) / micro_batches)
+def _attention(
+    model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers, tokens: Floats
+) -> tuple[Floats, Floats]:
+    """Scores and weighted sum of a layer: (forward, backward)."""
+    device, size = machine.device, query_size(model) / plans.tp
+    if numbers.fused_attention:
+        forward = 2.0 * tokens * model.seq_length * size / (device.flops_per_s * ATTENTION)  # half is masked out
+        return forward, ATTENTION_BACKWARD * forward
+    slow = 1.0 if head_size(model) % 8 == 0 else UNALIGNED
+    forward = 4.0 * tokens * model.seq_length * size * slow / (device.flops_per_s * UNFUSED_ATTENTION)
+    scores = 10.0 * tokens * model.seq_length * model.heads / plans.tp * device.number_bytes
+    forward = forward + scores / (device.memory_bytes_per_s * MEMORY)
+    return forward, 2.0 * forward
+
+
+def _elementwise_bytes(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:
+    """Traffic of norms, residuals, activation and rotation of a layer per token, forward."""
+    hidden, tp, wide = model.hidden, plans.tp, machine.device.number_bytes
+    around = np.where(np.asarray(numbers.sequence_parallel), tp, 1)
+    outer = (8 if numbers.fused else 14) * hidden / around
+    with_experts = expert_layers(model) / model.layers
+    # Tokens are sorted by expert and back, weighted and summed.
+    routed = model.experts_per_token * ((matrices(model) + 1) * model.expert_hidden + 6 * hidden)
+    width = (1 - with_experts) * (matrices(model) + (0 if numbers.fused else 2)) * model.ffn_hidden
+    width += with_experts * (routed + (matrices(model) + 1) * model.shared_hidden)
+    inner = (2 * (query_size(model) + key_value_size(model)) + width) / tp
+    casts = 0.75 * (4 * hidden + width) / tp if numbers.precision in ("fp8", "fp4") else 0.0
+    return wide * (outer + inner + casts)
+
+
+def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, tokens: Floats) -> Floats:
+    """Tokens to their experts and back, forward."""
+    with_experts = expert_layers(model) / model.layers
+    if not with_experts:
+        return 0.0 * tokens
+    device = machine.device
+    size = tokens * model.experts_per_token * model.hidden * device.number_bytes / plans.tp
+    inside = np.minimum(plans.ep, machine.domain / np.minimum(plans.tp, machine.domain)) / plans.ep
+    seconds = size * (inside / device.node_bytes_per_s + (1 - inside) / device.network_bytes_per_s) / LINK
+    return with_experts * 2 * np.where(plans.ep == 1, 0.0, seconds + 2 * device.latency_s)
+
+
+def time_terms(
+    model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers, calibration: Calibration | None = None
+) -> TimeTerms:
+    """Seconds per step of each plan, term by term."""
+    layer = layer_s(model, machine, plans, numbers)
+    once, passes = layer.forward + layer.backward, plans.micro_batches
+    again = np.choose(plans.recomputation, [0 * once, _again(model, numbers, layer), layer.forward])
+    more = np.where(plans.recomputation == 2, 3, 2)
+    tensor, context, expert = more * layer.tensor, 2.5 * layer.context, more * layer.expert
+    logits = _logits_s(model, machine, plans, numbers)
+    last = np.where(plans.pp == 1, plans.layers_first, plans.layers_last)
+    pass_s = once + again + tensor + context + expert
+    inner = np.maximum(plans.layers_first, plans.layers_middle)
+    slowest = np.maximum(inner * pass_s, last * pass_s + logits)
+    heavy = last * pass_s + logits >= inner * pass_s
+    layers = np.where(heavy, last, inner)
+    output = np.where(heavy, logits, 0.0)
+    others = model.layers * pass_s + logits - slowest
+    send = _send_s(model, machine, plans)
+    scale = 1.0 if calibration is None else calibration.factors(machine.device.name, plans.tp, plans.micro_batch)
+    data = _data_s(model, machine, plans, numbers)
+    hidden = machine.device.overlap * passes * (layers * once + output)
+    return TimeTerms(
+        compute=scale * passes * (layers * once + output),
+        recompute=scale * passes * layers * again,
+        tensor=scale * passes * layers * tensor,
+        context=scale * passes * layers * context,
+        expert=scale * passes * layers * expert,
+        pipeline=scale * passes * send,
+        bubble=scale
+        * np.where(plans.pp > 1, others / plans.interleave + (plans.pp - 1) * send / plans.interleave, 0.0),
+        data=np.maximum(0.0, data - hidden) + 0.1 * np.minimum(data, hidden),
+        optimizer=_optimizer_s(model, machine, plans, numbers),
+    )
+
+
+def _again(model: ModelSpec, numbers: Numbers, layer: Layer) -> Floats:
+    """Selective recomputation: attention where scores would be kept, else the elementwise operations."""
+    return layer.scores if not numbers.fused_attention else 0.12 * layer.forward
+
+
+def _logits_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:
+    """Output projection and loss, forward and backward; never in fp8."""
+    tokens = plans.micro_batch * (model.seq_length / plans.cp)
+    wide = Numbers("bf16") if numbers.precision in ("fp8", "fp4") else numbers
+    product = product_s(machine, wide, tokens, model.vocab / plans.tp, model.hidden)
+    passes = 24.0 * tokens * model.vocab / plans.tp / (machine.device.memory_bytes_per_s * MEMORY)
+    return (1 + (BACKWARD / 2 if numbers.frozen else BACKWARD)) * product + passes
+
+
+def _send_s(model: ModelSpec, machine: Machine, plans: Candidates) -> Floats:
+    """Activations to the next stage and gradients back, per micro-batch."""
+    size = plans.micro_batch * (model.seq_length / plans.cp) * model.hidden * machine.device.number_bytes / plans.tp
+    apart = link(machine, plans.devices // np.maximum(plans.pp, 1) * 2)
+    once = size / (LINK * apart) + machine.device.latency_s
+    return np.where(plans.pp > 1, 2 * plans.interleave * once, 0.0) * (1 - TENSOR_OVERLAP)
+
+
+def _stage_weights(model: ModelSpec, plans: Candidates) -> tuple[Floats, Floats, Floats]:
+    """Of the fullest stage, per device of a `tp` group: (layers, weights without experts, experts')."""
+    layers = np.maximum(np.maximum(plans.layers_first, plans.layers_middle), plans.layers_last)
+    ends = np.where(plans.pp == 1, 1 if model.tied_embeddings else 2, 1)
+    with_experts = expert_layers(model) / model.layers
+    shared = attention_parameters(model) + (1 - with_experts) * feed_forward_parameters(model)
+    shared += with_experts * shared_parameters(model)
+    experts = with_experts * model.experts * expert_parameters(model)
+    weights = (layers * shared + ends * vocabulary_parameters(model)) / plans.tp
+    return layers, weights, layers * experts / plans.ep / plans.tp
+
+
+def _data_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:
+    """Parameters gathered and gradients scattered over `dp_shard`, averaged over `dp_replicate`."""
+    device = machine.device
+    layers, weights, experts = _stage_weights(model, plans)
+    trained = 0.0 if numbers.frozen else 1.0
+    group = plans.dp_shard * plans.cp
+    hop_s = device.latency_s * np.where(plans.zero == 3, layers, 1)
+    near = link(machine, plans.tp * group)
+    passes = np.where(plans.zero == 3, 2 * np.where(plans.pp == 1, plans.micro_batches, 1), trained)
+    rare = np.maximum(group // plans.ep, 1)
+    gradient = numbers.gradient_bytes * trained
+
+    def over(size: Floats, members: Ints) -> Floats:
+        gather = passes * collective_s(size * device.number_bytes, members, near, 0.0)
+        return gather + collective_s(size * gradient, members, near, 0.0)
+
+    hops = np.where(group > 1, np.ceil(np.log2(np.maximum(group, 1))) * hop_s * (passes + trained), 0.0)
+    far = link(machine, plans.devices // np.maximum(plans.pp, 1))
+    share = (weights + experts) * gradient / np.where(plans.zero >= 2, plans.dp_shard, 1)
+    average = 2 * collective_s(share, plans.dp_replicate, far, device.latency_s)
+    return over(weights, group) + over(experts, rare) + hops + average
+
+
+def _optimizer_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:
+    _, weights, experts = _stage_weights(model, plans)
+    shards = np.where(plans.zero >= 1, plans.dp_shard * plans.cp, 1)
+    owned = weights / shards + experts / np.maximum(shards // plans.ep, 1)
+    trained = 0.0 if numbers.frozen else 1.0
+    return trained * owned * OPTIMIZER_BYTES / (machine.device.memory_bytes_per_s * MEMORY)

@@ -1,15 +1,15 @@
-"""Catalogue of devices: what the cost and memory models need to know of each.
+"""Catalogue of devices and their links: what the models of time and memory need to know of each.
 
-GPU figures: peak dense bf16, memory, memory bandwidth and the highest measured matrix product (MAMF) from
-stas00/ml-engineering, compute/accelerator (CC-BY-SA-4.0); link speeds are the vendors' per-direction NVLink figures
-and the network of the DGX of that generation (one adapter per GPU). `flops_per_s` is half of the measured matrix
-product: what whole training steps of published runs reach of it before exposed communication. The CPU entry is the
-order of magnitude of one core with 256-bit vectors and gloo over loopback, good for ranking meshes and nothing else.
+GPU figures: memory, memory bandwidth and the highest measured matrix product (MAMF, bf16 and fp8) from
+stas00/ml-engineering, compute/accelerator (CC-BY-SA-4.0); peaks and one-direction link speeds from the vendors' data
+sheets: NVLink of that generation inside a fast domain, and the network adapters of the DGX of that generation (one per
+GPU). Where no measured product is published, the share of the peak is taken from the nearest relative. The CPU entry is
+the order of magnitude of one core with 256-bit vectors and gloo over loopback: good for ranking meshes, no more.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 1024**3
 
@@ -21,15 +21,19 @@ class Device:
     name: str
     backend: str
     """Collective backend (`gloo` or `nccl`): devices of different backends cannot train together."""
+    peak_flops_per_s: float
+    """Of dense bf16 products, as the vendor says: what MFU is relative to."""
     flops_per_s: float
-    """Sustained in large matrix products inside a training step."""
+    """Highest measured in bf16 matrix products."""
+    fp8_flops_per_s: float
+    """The same in fp8; 0 = has none, so that fp8 runs at the speed of bf16."""
     memory_bytes: int
     """0 = depends on the host: only what nodes report counts."""
     memory_bytes_per_s: float
     node_bytes_per_s: float
-    """To another device of the same node, one direction."""
+    """To another device of the fast domain, one direction."""
     network_bytes_per_s: float
-    """To a device of another node, one direction."""
+    """To a device outside of it, one direction."""
     latency_s: float
     """One hop of a collective."""
     overhead_s: float
@@ -38,19 +42,64 @@ class Device:
     """Share of the computing time behind which data-parallel communication hides."""
     number_bytes: int
     """Bytes of an activation or a gathered parameter: 2 where bf16 is the habit, 4 on CPU."""
+    domain: int
+    """Devices that reach each other at `node_bytes_per_s`."""
+
+
+def _gpu(
+    name: str,
+    peak: float,
+    measured: float,
+    fp8: float,
+    gigabytes: int,
+    terabytes_per_s: float,
+    links: tuple[float, float],
+    domain: int = 8,
+) -> Device:
+    """TFLOP/s, TFLOP/s, TFLOP/s, GiB, TB/s, (GB/s inside, GB/s outside)."""
+    return Device(
+        name, "nccl", peak * 1e12, measured * 1e12, fp8 * 1e12, gigabytes * GIB, terabytes_per_s * 1e12,
+        links[0] * 1e9, links[1] * 1e9, 1e-5, 5e-5, 0.7, 2, domain,
+    )  # fmt: skip
 
 
 CATALOGUE = {
     device.name: device
     for device in (
-        Device("cpu", "gloo", 3e10, 0, 1e10, 1e9, 1e9, 2e-4, 1e-3, 0.0, 4),
-        Device("a100", "nccl", 271.2e12 / 2, 80 * GIB, 2.0e12, 300e9, 25e9, 1e-5, 1e-4, 0.5, 2),
-        Device("h100", "nccl", 794.5e12 / 2, 80 * GIB, 3.35e12, 450e9, 50e9, 1e-5, 1e-4, 0.5, 2),
-        Device("h200", "nccl", 794.5e12 / 2, 141 * GIB, 4.8e12, 450e9, 50e9, 1e-5, 1e-4, 0.5, 2),
-        Device("b200", "nccl", 1745e12 / 2, 180 * GIB, 8.0e12, 900e9, 50e9, 1e-5, 1e-4, 0.5, 2),
+        Device("cpu", "gloo", 3e10, 3e10, 0, 0, 1e10, 1e9, 1e9, 2e-4, 1e-3, 0.0, 4, 1_000_000),
+        _gpu("v100", 125, 100, 0, 32, 0.9, (150, 12.5)),
+        _gpu("a100-40gb", 312, 271.2, 0, 40, 1.555, (300, 25)),
+        _gpu("a100", 312, 271.2, 0, 80, 2.0, (300, 25)),
+        _gpu("h100-hbm2e", 989, 794.5 * 0.85, 1402.6 * 0.85, 96, 2.4, (450, 50)),
+        _gpu("h100", 989, 794.5, 1402.6, 80, 3.35, (450, 50)),
+        _gpu("h200", 989, 794.5, 1453.4, 141, 4.8, (450, 50)),
+        _gpu("gh200", 989, 828.6, 1535.0, 96, 4.0, (450, 25), 4),
+        _gpu("b200", 2250, 1745, 3432.5, 180, 8.0, (900, 50)),
+        _gpu("b300", 2250, 1769, 3353.3, 288, 8.0, (900, 100)),
+        _gpu("gb200", 2500, 1822, 3615.6, 186, 8.0, (900, 50), 72),
+        _gpu("gb300", 2500, 1822, 3615.6, 288, 8.0, (900, 100), 72),
+        _gpu("mi300x", 1307, 1307 * 0.6, 2614 * 0.55, 192, 5.3, (448, 50)),
     )
 }
-"""Devices by name."""
+"""Devices by name. `h100-hbm2e` is the 500 W part with 96 GB; its measured product is scaled by its power."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A device, and how many of them are how close together."""
+
+    device: Device
+    devices_per_node: int
+    domain: int
+    """Devices that reach each other at the speed inside: of an NVLink domain, or of a node."""
+
+    @classmethod
+    def of(cls, device: Device, devices_per_node: int, network_bytes_per_s: float | None = None) -> Machine:
+        """Nodes of `devices_per_node`; `network_bytes_per_s` per device, where it is not the catalogue's."""
+        if network_bytes_per_s is not None:
+            device = replace(device, network_bytes_per_s=network_bytes_per_s)
+        domain = device.domain if device.domain > 8 else min(device.domain, devices_per_node)
+        return cls(device, devices_per_node, max(domain, 1))
 
 
 def find(kind: str) -> Device | None:
@@ -60,4 +109,8 @@ def find(kind: str) -> Device | None:
         return CATALOGUE[words]
     # `GH200` contains `h200` but is another machine: a name counts only where a word begins with it.
     parts = words.replace("-", " ").replace("_", " ").split()
+    if "a100" in parts and {"40gb", "40g"} & set(parts):
+        return CATALOGUE["a100-40gb"]
+    if "h100" in parts and "hbm2e" in parts:
+        return CATALOGUE["h100-hbm2e"]
     return next((device for name, device in CATALOGUE.items() if name in parts), None)

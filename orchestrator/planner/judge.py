@@ -10,10 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from orchestrator.core.spec import JobSpec, ModelSpec
+from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.candidates import Candidates, Floats
-from orchestrator.planner.interim import USABLE, Machine, memory_terms, time_terms
+from orchestrator.planner.cost import time_terms
+from orchestrator.planner.hardware import Machine
+from orchestrator.planner.memory import USABLE, memory_terms
+from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.pool import Pool
-from orchestrator.planner.transformer import layer_flops, output_flops
+from orchestrator.planner.transformer import model_flops
 
 
 class Judge(Protocol):
@@ -45,7 +49,7 @@ class Judge(Protocol):
         """Model FLOPs utilisation (MFU) at this speed."""
 
 
-def judge(spec: JobSpec, pool: Pool, calibration: Any = None) -> Judge:
+def judge(spec: JobSpec, pool: Pool, calibration: Calibration | None = None) -> Judge:
     """The judge of plans of `spec` on `pool`."""
     if spec.model is None:
         return Undescribed()
@@ -60,20 +64,25 @@ class Described:
     model: ModelSpec
     machine: Machine
     limit_bytes: float
-    calibration: Any = None
+    calibration: Calibration | None = None
+
+    @property
+    def numbers(self) -> Numbers:
+        """Those of our trainer on this device."""
+        return Numbers("fp32" if self.machine.device.number_bytes == 4 else "bf16")
 
     def memory(self, plans: Candidates) -> Floats:
         """See `Judge`."""
-        return memory_terms(self.model, self.machine, plans).total
+        return memory_terms(self.model, self.machine, plans, self.numbers).total
 
     def seconds(self, plans: Candidates) -> Floats:
         """See `Judge`."""
-        return time_terms(self.model, self.machine, plans).total
+        return time_terms(self.model, self.machine, plans, self.numbers, self.calibration).total
 
     def at_least(self, plans: Candidates) -> Floats:
         """See `Judge`."""
-        terms = time_terms(self.model, self.machine, plans)
-        return terms.compute + terms.recompute + terms.tensor + terms.context + terms.pipeline + terms.bubble
+        terms = time_terms(self.model, self.machine, plans, self.numbers, self.calibration)
+        return np.asarray(terms.total - terms.data - terms.optimizer)
 
     def least_memory(self, plans: Candidates) -> Floats:
         """See `Judge`."""
@@ -81,16 +90,15 @@ class Described:
 
     def where_seconds(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
-        return _by_name(time_terms(self.model, self.machine, plans))
+        return _by_name(time_terms(self.model, self.machine, plans, self.numbers, self.calibration))
 
     def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
-        return _by_name(memory_terms(self.model, self.machine, plans))
+        return _by_name(memory_terms(self.model, self.machine, plans, self.numbers))
 
     def utilisation(self, tokens_per_device_s: float) -> float:
         """See `Judge`."""
-        flops = 3 * (self.model.layers * layer_flops(self.model) + output_flops(self.model))
-        return tokens_per_device_s * flops / self.machine.device.flops_per_s
+        return tokens_per_device_s * model_flops(self.model) / self.machine.device.peak_flops_per_s
 
 
 @dataclass(frozen=True, slots=True)

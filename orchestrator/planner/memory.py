@@ -1,77 +1,170 @@
 """Peak memory per device, in bytes, from the shapes alone.
 
-States: 16 bytes per parameter (fp32 master, gradient and the two moments of Adam; Rajbhandari et al. 2020,
-arXiv:1910.02054), divided over `dp_shard`. Gathered parameters: two layers without a pipeline, the whole stage with
-one (it is not gathered again for every micro-batch). Activations: 34 bytes per token and hidden unit of a layer in
-bf16 with fused attention, 2 for its input alone under full recomputation (Korthikanti et al. 2022, arXiv:2205.05198),
-divided over `tp` by sequence parallelism. A pipeline is taken to run 1F1B: its first stage keeps as many micro-batches
-as there are stages, its last keeps one. (GPipe would keep all.)
+States: master weight and two moments of Adam, divided over `dp_shard` from ZeRO 1 on; gradients from 2, parameters
+from 3 (Rajbhandari et al. 2020, arXiv:1910.02054). Activations kept per layer, token and hidden unit in 16 bits: 34
+bytes with fused attention, of which 10 are not divided over `tp` without sequence parallelism, and `5 heads seq /
+hidden` more with scores in memory; 2 for a layer's input alone under full recomputation (Korthikanti et al. 2022,
+arXiv:2205.05198, equations 1 to 6; widths other than 4 x hidden, grouped keys and gates are counted as what they are).
+A pipeline runs 1F1B: stage i of p keeps p - i micro-batches, with v model chunks per stage `1 + (p - 1) / (p v)` times
+as much (section 4.2.3 there). The fullest of the first, a middle and the last stage counts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, fields
+
+import numpy as np
 
 from orchestrator.core.spec import ModelSpec
-from orchestrator.core.types import Mesh, Recomputation
-from orchestrator.planner.hardware import Device
-from orchestrator.planner.transformer import layer_parameters, split_layers, vocabulary_parameters
+from orchestrator.planner.candidates import Candidates, Floats, Ints
+from orchestrator.planner.hardware import GIB, Machine
+from orchestrator.planner.numbers import Numbers
+from orchestrator.planner.transformer import (
+    attention_parameters,
+    expert_layers,
+    expert_parameters,
+    feed_forward_parameters,
+    key_value_size,
+    matrices,
+    query_size,
+    shared_parameters,
+    vocabulary_parameters,
+)
 
-USABLE = 0.9
-"""Share of a device's memory that a plan may fill: the rest is for the allocator, buffers and the model's error."""
-
-_STATE_BYTES = 16
-_LOGIT_BYTES = 8
+USABLE = 0.93
+"""Share of a device's memory that a plan may fill: the rest is for fragmentation and the model's error."""
+CONSTANT_BYTES = 4.5 * GIB
+"""What a process has on a GPU before the first tensor, and never gives back: context, libraries, collective buffers."""
+LOGIT_BYTES = 8
 """Logits and their gradient in fp32, beside the copy in the working type."""
-_ACTIVATION_BYTES = {Recomputation.NONE: 34, Recomputation.SELECTIVE: 20, Recomputation.FULL: 2}
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
-    """The first or the last pipeline stage before `tp` and `dp_shard` divide it."""
+class MemoryTerms:
+    """Bytes on the fullest device of each plan."""
 
-    layers: int
-    parameters: int
-    gathered: int
-    """Parameters that lie gathered at one time."""
-    logits: int
-    """Numbers of the output per token; 0 where the stage has none."""
+    states: Floats
+    """Master weights and moments."""
+    gradients: Floats
+    parameters: Floats
+    """In the working type, as far as they lie gathered at one time."""
+    activations: Floats
+    """Of one micro-batch on its way through a stage."""
+    in_flight: Floats
+    """Of further micro-batches that wait for their backward pass."""
+    logits: Floats
+    working: Floats
+    """What the computing of one layer needs and frees again."""
+    communication: Floats
+    """Buckets of gradients and gathered weights under way."""
+    constant: Floats
+
+    @property
+    def total(self) -> Floats:
+        """Their sum."""
+        return np.asarray(sum(getattr(self, one.name) for one in fields(self)))
+
+    def dominant(self, index: int) -> str:
+        """The largest term of one plan."""
+        return max((one.name for one in fields(self)), key=lambda name: float(getattr(self, name)[index]))
+
+    def take(self, index: int) -> MemoryTerms:
+        """The terms of one plan, as arrays of length 1."""
+        return MemoryTerms(*(getattr(self, one.name)[index : index + 1] for one in fields(self)))
 
 
-@cache
-def _ends(model: ModelSpec, stages: int) -> tuple[_End, ...]:
-    layers = split_layers(model.layers, stages)
-    one, table = layer_parameters(model), vocabulary_parameters(model)
-    if stages == 1:
-        parameters = layers[0] * one + table * (1 if model.tied_embeddings else 2)
-        return (_End(layers[0], parameters, min(parameters, 2 * max(one, table)), model.vocab),)
-    first, last = layers[0] * one + table, layers[-1] * one + table
-    return _End(layers[0], first, first, 0), _End(layers[-1], last, last, model.vocab)
+def kept_bytes(model: ModelSpec, plans: Candidates, numbers: Numbers, wide: int) -> tuple[Floats, Floats]:
+    """(All activations of one layer, those kept between the passes) per token of a device, before `cp`."""
+    hidden, tp = model.hidden, plans.tp
+    around = np.where(np.asarray(numbers.sequence_parallel), tp, 1)
+    query, pair = query_size(model), 2 * key_value_size(model)
+    with_experts = expert_layers(model) / model.layers
+    dense = matrices(model) * model.ffn_hidden
+    # An expert's input is gathered, too; tokens go to `experts_per_token` of them.
+    routed = model.experts_per_token * (matrices(model) * model.expert_hidden + 2 * hidden)
+    feed_forward = (1 - with_experts) * dense + with_experts * (routed + matrices(model) * model.shared_hidden)
+    outer = wide * 2 * hidden + (0 if numbers.fused else 2 * hidden)  # the norms' inputs; dropout masks
+    inner = wide * (2 * query + pair + 2 * hidden + feed_forward)
+    scores = 0 if numbers.fused_attention else (2 * wide + 1) * model.heads * model.seq_length
+    everything = outer / around + (inner + scores) / tp
+    selective = outer / around + inner / tp
+    full = wide * hidden / around
+    return everything, np.choose(plans.recomputation, [everything, selective * _SELECTIVE if not scores else selective,
+                                                       full])  # fmt: skip
 
 
-def peak_bytes(
+_SELECTIVE = 0.65
+"""Of all activations, with fused attention: outputs of products are kept, elementwise ones computed again."""
+
+
+def memory_terms(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> MemoryTerms:
+    """Estimated peak of each plan, term by term."""
+    wide = machine.device.number_bytes
+    everything, kept = kept_bytes(model, plans, numbers, wide)
+    tokens = plans.micro_batch * (model.seq_length / plans.cp)
+    last = np.where(plans.pp == 1, plans.layers_first, plans.layers_last)
+    ends = np.where(plans.pp == 1, 1 if model.tied_embeddings else 2, 1)
+    stages = [
+        (plans.layers_first, ends, plans.pp, plans.pp == 1),
+        (plans.layers_middle, 0 * ends, np.maximum(plans.pp - 1, 1), plans.pp < 0),
+        (last, ends, np.ones_like(plans.pp), plans.pp > 0),
+    ]
+    found = np.stack([
+        _stage(model, machine, plans, numbers, (layers, tables, depth, output), tokens, everything, kept)
+        for layers, tables, depth, output in stages
+    ])  # fmt: skip
+    fullest = found.sum(axis=1).argmax(axis=0)
+    return MemoryTerms(*np.take_along_axis(found, fullest[None, None, :], axis=0)[0])
+
+
+def _stage(
     model: ModelSpec,
-    device: Device,
-    mesh: Mesh,
-    micro_batch: int,
-    micro_batches: int,
-    recomputation: Recomputation,
-) -> int:
-    """Estimated peak on the fullest device: the larger of the first stage (embedding) and the last (logits)."""
-    tokens = micro_batch * model.seq_length
-    wide = device.number_bytes
-    state_bytes = _STATE_BYTES / mesh.dp_shard
-    # A lone fp32 shard is used where it lies; anything else is gathered, or cast to bf16.
-    copy_bytes = wide if mesh.dp_shard > 1 or wide < 4 else 0
-    kept = _ACTIVATION_BYTES[recomputation]
-    working = 0 if recomputation is Recomputation.NONE else _ACTIVATION_BYTES[Recomputation.NONE]
-    unit = tokens * model.hidden * wide / 2
-    peak = max(
-        state_bytes * end.parameters
-        + copy_bytes * end.gathered
-        + (kept * end.layers * (1 if end.logits else min(micro_batches, mesh.pp)) + working) * unit
-        + (_LOGIT_BYTES + wide) * tokens * end.logits
-        for end in _ends(model, mesh.pp)
-    )
-    return int(peak / mesh.tp)
+    machine: Machine,
+    plans: Candidates,
+    numbers: Numbers,
+    stage: tuple[Ints, Ints, Ints, Ints],
+    tokens: Floats,
+    everything: Floats,
+    kept: Floats,
+) -> Floats:
+    """The terms of one stage, one row each."""
+    layers, tables, depth, output = stage
+    wide, tp = machine.device.number_bytes, plans.tp
+    shared, expert = _weights(model)
+    table = vocabulary_parameters(model)
+    # Experts are divided over `ep`, which takes its ranks from the data-parallel ones.
+    weights = (layers * (shared + expert / plans.ep) + tables * table) / tp
+    # The context-parallel ranks of a group hold the same weights, so that states are divided over them, too.
+    shards = plans.dp_shard * np.where(plans.zero > 0, plans.cp, 1)
+    shared_weights = (layers * shared + tables * table) / tp
+    expert_weights = layers * expert / plans.ep / tp
+    owned = shared_weights / shards + expert_weights / np.maximum(shards / plans.ep, 1)
+    divided = np.where(plans.zero >= 1, owned, weights)
+    trained = 0.0 if numbers.frozen else 1.0
+    states = trained * numbers.optimizer_bytes * divided
+    gradients = trained * numbers.gradient_bytes * np.where(plans.zero >= 2, owned, weights)
+    one = (shared + expert / plans.ep) / tp
+    whole = np.where(plans.zero == 3, np.minimum(weights, 2 * np.maximum(one, table / tp)), weights)
+    # A lone fp32 shard is used where it lies; anything else is gathered, or cast to 16 bits.
+    parameters = np.where((plans.dp_shard == 1) & (wide == 4), 0.0, wide * whole)
+    unit = kept * tokens
+    chunks = np.where(plans.interleave > 1, 1 + (plans.pp - 1) / (plans.pp * plans.interleave), 1.0)
+    waiting = np.minimum(plans.micro_batches, depth) * chunks
+    activations = layers * unit
+    in_flight = layers * unit * np.maximum(waiting - 1, 0.0)
+    again = np.where(plans.recomputation == 0, 0.0, 1.0)
+    working = again * (everything - kept) * tokens + 2 * wide * tokens * model.hidden
+    vocabulary = (LOGIT_BYTES + wide) * tokens * model.vocab / tp
+    logits = np.where(output, vocabulary, 0.0)
+    constant = np.zeros_like(states) + (CONSTANT_BYTES if machine.device.backend == "nccl" else 0)
+    buckets = np.where(plans.zero == 3, 2 * wide * np.maximum(one, 0), 0.0)
+    return np.stack([states, gradients, parameters, activations, in_flight, logits, working, buckets, constant])
+
+
+def _weights(model: ModelSpec) -> tuple[float, float]:
+    """Of the mean layer: (weights that every rank of a `tp` group shares in, weights of all experts)."""
+    with_experts = expert_layers(model) / model.layers
+    shared = attention_parameters(model) + (1 - with_experts) * feed_forward_parameters(model)
+    if with_experts:
+        shared += with_experts * shared_parameters(model)
+    return shared, with_experts * model.experts * expert_parameters(model)

@@ -11,8 +11,7 @@ from functools import lru_cache
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import NodeCapacity
-from orchestrator.planner.hardware import CATALOGUE, GIB, Device, find
-from orchestrator.planner.interim import Machine
+from orchestrator.planner.hardware import CATALOGUE, GIB, Device, Machine, find
 
 _MOST_POOLS = 6
 _UNKNOWN = replace(CATALOGUE["a100"], name="unknown", memory_bytes=0)
@@ -47,7 +46,7 @@ class Pool:
     def machine(self) -> Machine:
         """The device and its links; nodes of several sizes count as those of the commonest."""
         size = max(self._sizes, key=lambda one: (one[1], one[0]))[0] if self._sizes else 1
-        return Machine(self.device, size, size)
+        return Machine.of(self.device, size)
 
     @property
     def kinds(self) -> list[NodeCapacity]:

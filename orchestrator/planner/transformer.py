@@ -5,11 +5,65 @@ from __future__ import annotations
 from orchestrator.core.spec import ModelSpec
 
 
-def layer_parameters(model: ModelSpec) -> int:
-    """Weights of one layer: query, key, value and output projections, feed-forward, two norms."""
-    key_value = model.hidden * model.kv_heads // model.heads
-    attention = 2 * model.hidden * model.hidden + 2 * model.hidden * key_value
-    return attention + (3 if model.gated_ffn else 2) * model.hidden * model.ffn_hidden + 2 * model.hidden
+def head_size(model: ModelSpec) -> int:
+    """Numbers per attention head."""
+    return model.head_size or model.hidden // model.heads
+
+
+def query_size(model: ModelSpec) -> int:
+    """Numbers of all query heads of a token."""
+    return model.heads * head_size(model)
+
+
+def key_value_size(model: ModelSpec) -> int:
+    """Numbers of all keys of a token; the values have as many."""
+    return model.kv_heads * head_size(model)
+
+
+def matrices(model: ModelSpec) -> int:
+    """Products of a feed-forward block: three where it is gated."""
+    return 3 if model.gated_ffn else 2
+
+
+def expert_layers(model: ModelSpec) -> int:
+    """Layers with experts."""
+    return model.layers - model.dense_layers if model.experts else 0
+
+
+def attention_parameters(model: ModelSpec) -> int:
+    """Query, key, value and output projections of one layer, and its two norms."""
+    return 2 * model.hidden * (query_size(model) + key_value_size(model)) + 2 * model.hidden
+
+
+def feed_forward_parameters(model: ModelSpec) -> int:
+    """The feed-forward block of a layer without experts."""
+    return matrices(model) * model.hidden * model.ffn_hidden
+
+
+def expert_parameters(model: ModelSpec) -> int:
+    """One expert of one layer."""
+    return matrices(model) * model.hidden * model.expert_hidden
+
+
+def shared_parameters(model: ModelSpec) -> int:
+    """What every token of a layer with experts passes besides: router and shared experts."""
+    return model.experts * model.hidden + matrices(model) * model.hidden * model.shared_hidden
+
+
+def layer_parameters(model: ModelSpec) -> float:
+    """Weights of one layer, experts included: of the mean layer, where some have experts and some have none."""
+    with_experts = expert_layers(model) / model.layers
+    experts = shared_parameters(model) + model.experts * expert_parameters(model)
+    feed_forward = (1 - with_experts) * feed_forward_parameters(model) + with_experts * experts
+    return attention_parameters(model) + feed_forward
+
+
+def active_parameters(model: ModelSpec) -> float:
+    """Weights of the mean layer that one token meets."""
+    with_experts = expert_layers(model) / model.layers
+    experts = shared_parameters(model) + model.experts_per_token * expert_parameters(model)
+    feed_forward = (1 - with_experts) * feed_forward_parameters(model) + with_experts * experts
+    return attention_parameters(model) + feed_forward
 
 
 def vocabulary_parameters(model: ModelSpec) -> int:
@@ -17,7 +71,7 @@ def vocabulary_parameters(model: ModelSpec) -> int:
     return model.vocab * model.hidden
 
 
-def parameters(model: ModelSpec) -> int:
+def parameters(model: ModelSpec) -> float:
     """All weights."""
     vocabularies = 1 if model.tied_embeddings else 2
     return model.layers * layer_parameters(model) + vocabularies * vocabulary_parameters(model)
@@ -25,17 +79,22 @@ def parameters(model: ModelSpec) -> int:
 
 def attention_flops(model: ModelSpec) -> int:
     """Scores and weighted sum of one layer per token, causal: half of 2 products of 2 operations each."""
-    return 2 * model.seq_length * model.hidden
+    return 2 * model.seq_length * query_size(model)
 
 
-def layer_flops(model: ModelSpec) -> int:
-    """One layer per token: two operations per weight, and attention."""
-    return 2 * layer_parameters(model) + attention_flops(model)
+def layer_flops(model: ModelSpec) -> float:
+    """The mean layer per token: two operations per weight that it meets, and attention."""
+    return 2 * active_parameters(model) + attention_flops(model)
 
 
 def output_flops(model: ModelSpec) -> int:
     """Output projection per token."""
     return 2 * vocabulary_parameters(model)
+
+
+def model_flops(model: ModelSpec) -> float:
+    """Forward and backward pass per token, nothing recomputed: what MFU counts (arXiv:2204.02311, appendix B)."""
+    return 3 * (model.layers * layer_flops(model) + output_flops(model))
 
 
 def split_layers(layers: int, stages: int) -> tuple[int, ...]:

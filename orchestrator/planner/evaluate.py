@@ -1,0 +1,131 @@
+"""Published or own measurements beside what the models of time and memory say: one row, one plan, one prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+
+from orchestrator.core.spec import ModelSpec
+from orchestrator.planner.calibration import Calibration
+from orchestrator.planner.candidates import Candidates
+from orchestrator.planner.cost import TimeTerms, time_terms
+from orchestrator.planner.hardware import Machine
+from orchestrator.planner.memory import MemoryTerms, memory_terms
+from orchestrator.planner.numbers import Numbers
+from orchestrator.planner.transformer import (
+    active_parameters,
+    attention_flops,
+    output_flops,
+    split_layers,
+)
+
+FILLED = 1.0
+"""Share of a device's memory up to which a row counts as fitting: what was measured had no margin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training run that was measured, or that ran out of memory."""
+
+    row_id: str
+    model: ModelSpec
+    machine: Machine
+    numbers: Numbers
+    devices: int
+    global_batch: int
+    tp: int = 1
+    pp: int | None = None
+    """None where the table does not say: then the fastest that fits is taken; so with the next two."""
+    interleave: int | None = 1
+    micro_batch: int | None = None
+    cp: int = 1
+    ep: int = 1
+    dp_shard: int | None = None
+    """None = all data-parallel ranks."""
+    zero: int = 1
+    recomputation: int = 0
+    """Index into `RECOMPUTATIONS`."""
+    measured_s: float | None = None
+    measured_bytes: float | None = None
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the models say of a row."""
+
+    row: Row
+    step_s: float
+    memory_bytes: float
+    fits: bool
+    time: TimeTerms
+    memory: MemoryTerms
+
+    @property
+    def time_error(self) -> float | None:
+        """Relative: 0.1 = predicted a tenth too slow; None where nothing was measured."""
+        return self.step_s / self.row.measured_s - 1 if self.row.measured_s else None
+
+    @property
+    def memory_error(self) -> float | None:
+        """Relative, as `time_error`."""
+        return self.memory_bytes / self.row.measured_bytes - 1 if self.row.measured_bytes else None
+
+
+def measured_flops(model: ModelSpec, hardware: bool) -> float:
+    """Operations per token as tables of TFLOP/s count them: attention in full although half is masked out (Narayanan et
+    al. 2021, arXiv:2104.04473, section 5.1); `hardware` counts the forward pass twice, as full recomputation does.
+    """
+    layers = model.layers * (2 * active_parameters(model) + 2 * attention_flops(model))
+    return (4 if hardware else 3) * layers + 3 * output_flops(model)
+
+
+def predict(row: Row, calibration: Calibration | None = None) -> Prediction:
+    """Time and memory of the row's plan."""
+    plans = _plans(row)
+    time = time_terms(row.model, row.machine, plans, row.numbers, calibration)
+    memory = memory_terms(row.model, row.machine, plans, row.numbers)
+    limit = row.machine.device.memory_bytes * FILLED or inf
+    fits = memory.total <= limit
+    best = int(np.argmin(np.where(fits, time.total, time.total + time.total.max()))) if len(plans) > 1 else 0
+    return Prediction(
+        row, float(time.total[best]), float(memory.total[best]), bool(fits[best]), time.take(best), memory.take(best)
+    )
+
+
+def calibrated(rows: Sequence[Row], calibration: Calibration) -> Calibration:
+    """What the measured rows teach."""
+    for row in rows:
+        if row.measured_s:
+            found = predict(row)
+            calibration = calibration.observe(
+                row.machine.device.name, row.tp, row.micro_batch or 1, row.measured_s, found.step_s
+            )
+    return calibration
+
+
+def _plans(row: Row) -> Candidates:
+    """The plan of the row; several where it leaves something open."""
+    per_stage = max(1, row.devices // (row.tp * row.cp))
+    stages = [row.pp] if row.pp else [pp for pp in range(1, row.model.layers + 1) if per_stage % pp == 0]
+    sizes = [row.micro_batch] if row.micro_batch else [1, 2, 4]
+    found = []
+    for pp in stages:
+        dp = max(1, per_stage // pp)
+        split = split_layers(row.model.layers, pp)
+        chunks = (
+            [row.interleave] if row.interleave else [one for one in (1, 2, 3, 4) if pp > 1 and split[0] >= one] or [1]
+        )
+        shards = min(row.dp_shard or dp, dp)
+        for size in sizes:
+            passes = max(1, -(-row.global_batch // (dp * size)))
+            middle = split[1] if pp > 2 else 0
+            for interleave in chunks:
+                found.append((
+                    pp, interleave, dp // shards, shards, row.cp, row.tp, min(row.ep, dp * row.cp * row.tp), row.zero,
+                    size, passes, row.recomputation, split[0], middle, split[-1],
+                ))  # fmt: skip
+    return Candidates(*np.array(found, np.int64).T)

@@ -1,0 +1,179 @@
+"""Tables of measured training runs (CSV), as `regrow plan --evaluate` takes them.
+
+Columns, all but the first five optional; an empty cell is a missing column:
+
+- `row_id`, `gpu` (a name that contains one of the catalogue: `A100-80G`), `n_gpus`, `gbs` (samples per step), `seq`
+- `model` (a known name) or `layers, hidden, heads, vocab` and, where they are not heads, 4 x hidden and no gate:
+  `kv_heads, ffn_hidden, gated` (1 or 0), `tied` (1 or 0, else tied where the model is not of the Llama family)
+- `tp, pp, vpp, cp, ep, mbs`: 1 where missing, but `pp` and `mbs` where missing, and `vpp` of a schedule that says it
+  interleaves, are chosen as the fastest that fit; the data-parallel size is what is left of `n_gpus`
+- `fsdp`: ranks that share states (else all data-parallel ones); `zero_stage`: else 3 with `fsdp`, 1 without
+- `recompute`: `full`, `selective...` or anything else for none; `schedule`: `DeepSpeed` in it stands for the software
+  of 2022, without fused attention and sequence parallelism; `precision`: contains fp4, fp8, bf16, fp16 or fp32
+- `interconnect`: `4x100Gb/s ... per node` or `400Gb/s ... per GPU` replaces the catalogue's network
+- the step: `iter_time_s`, else `tokens_per_s_per_gpu`, else `tflops_per_gpu` with `tflops_kind` (`model`, or `hardware`
+  where the second forward pass of full recomputation counts); `mem_gib`; `oom` (1 = it ran out of memory)
+- `notes` or `task`: `LoRA` in them stands for adapters on a frozen model
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import replace
+
+from orchestrator.core.errors import InvalidInput
+from orchestrator.core.spec import ModelSpec
+from orchestrator.planner.evaluate import Row, measured_flops
+from orchestrator.planner.hardware import CATALOGUE, GIB, Machine, find
+from orchestrator.planner.models import MODELS, known
+from orchestrator.planner.numbers import Numbers
+
+NODE = 8
+"""Devices of a node, where nothing says otherwise."""
+_PER_NODE = re.compile(r"(\d+)\s*x\s*(\d+)\s*Gb/s[^;,]*per node", re.IGNORECASE)
+_PER_DEVICE = re.compile(r"(\d+)\s*Gb/s[^;,]*per GPU", re.IGNORECASE)
+
+
+def parse_rows(text: str, name: str) -> list[Row]:
+    """The rows of the table `text`, which errors call `name`; raises `InvalidInput` naming line and column."""
+    try:
+        records = list(csv.DictReader(text.splitlines(), strict=True))
+    except csv.Error as error:
+        raise InvalidInput(f"{name} is not CSV ({error}): give a table with a header line") from error
+    if not records:
+        raise InvalidInput(f"{name} holds no row: give a header line and at least one measurement")
+    return [_Cells(name, number, record).row() for number, record in enumerate(records, start=2)]
+
+
+class _Cells:
+    """One line of a table."""
+
+    def __init__(self, name: str, line: int, cells: dict[str, str | None]) -> None:
+        self.cells = {
+            str(name).strip(): (value or "").strip() for name, value in cells.items() if isinstance(value, str)
+        }
+        self.where = f"{name}, line {line}"
+
+    def text(self, name: str) -> str:
+        return self.cells.get(name, "")
+
+    def number(self, name: str, default: float | None = None) -> float | None:
+        text = self.text(name)
+        if not text:
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < 1e18:
+            raise self.wrong(name, "no number of at least 0")
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int | None:
+        value = self.number(name, default)
+        if value is None:
+            return None
+        if value != int(value) or value < 1:
+            raise self.wrong(name, "no whole number of at least 1")
+        return int(value)
+
+    def wrong(self, name: str, what: str) -> InvalidInput:
+        return InvalidInput(f"{self.where}: {name} is {self.text(name)[:40]!r}, {what}: correct it")
+
+    def needed(self, name: str) -> int:
+        value = self.count(name)
+        if value is None:
+            raise InvalidInput(f"{self.where}: the column {name} is missing or empty: add it")
+        return value
+
+    def row(self) -> Row:
+        """What the line says."""
+        model, machine = self._model(), self._machine()
+        devices, batch = self.needed("n_gpus"), self.needed("gbs")
+        tp, cp = self.count("tp", 1) or 1, self.count("cp", 1) or 1
+        pp = self.count("pp")
+        if devices % (tp * cp * (pp or 1)):
+            raise self.wrong("n_gpus", f"no multiple of tp {tp} x pp {pp or 1} x cp {cp}")
+        shards = int(self.number("fsdp", 0) or 0)
+        recompute, schedule = self.text("recompute").lower(), self.text("schedule").lower()
+        row = Row(
+            row_id=self.text("row_id") or self.where.rpartition(" ")[2],
+            model=model, machine=machine, numbers=self._numbers(), devices=devices, global_batch=batch, tp=tp, pp=pp,
+            interleave=self.count("vpp") or (None if "interleaved" in schedule else 1), micro_batch=self.count("mbs"),
+            cp=cp, ep=self.count("ep", 1) or 1, dp_shard=shards if shards > 1 else None,
+            zero=self._zero(shards), recomputation=_recomputation(recompute),
+            measured_bytes=(self.number("mem_gib") or 0) * GIB or None, out_of_memory=bool(self.number("oom", 0)),
+        )  # fmt: skip
+        return replace(row, measured_s=self._seconds(row))
+
+    def _zero(self, shards: int) -> int:
+        stage = self.number("zero_stage", 3 if shards > 1 else 1)
+        if stage not in (0, 1, 2, 3):
+            raise self.wrong("zero_stage", "not 0, 1, 2 or 3")
+        return int(stage)
+
+    def _model(self) -> ModelSpec:
+        name, seq = self.text("model"), self.count("seq")
+        model = known(name)
+        if self.text("layers") and self.text("hidden"):
+            model = self._described(model, name)
+        if model is None:
+            raise InvalidInput(
+                f"{self.where}: the model {name[:60]!r} is not known and has no layers and hidden: add the columns "
+                f"layers, hidden, heads and vocab, or name one of {', '.join(MODELS)}"
+            )
+        return replace(model, seq_length=seq or model.seq_length)
+
+    def _described(self, base: ModelSpec | None, name: str) -> ModelSpec:
+        llama = "llama" in name.lower()
+        hidden, heads = self.needed("hidden"), self.count("heads") or (base.heads if base else 0) or 1
+        same = base is not None and (base.layers, base.hidden) == (self.count("layers"), hidden)
+        if base is not None and same:
+            return replace(
+                base, heads=heads, kv_heads=min(base.kv_heads, heads), vocab=self.count("vocab") or base.vocab
+            )
+        tied = self.number("tied", 0 if llama else 1)
+        return ModelSpec(
+            layers=self.needed("layers"), hidden=hidden, heads=heads, kv_heads=self.count("kv_heads") or heads,
+            ffn_hidden=self.count("ffn_hidden") or 4 * hidden, vocab=self.needed("vocab"),
+            seq_length=self.needed("seq"), tied_embeddings=bool(tied), gated_ffn=bool(self.number("gated", 0)),
+            head_size=max(1, hidden // heads),
+        )  # fmt: skip
+
+    def _machine(self) -> Machine:
+        name = self.text("gpu")
+        device = find(name)
+        if device is None:
+            raise InvalidInput(f"{self.where}: the gpu {name[:40]!r} is not known: known are {', '.join(CATALOGUE)}")
+        said, network = self.text("interconnect"), None
+        if match := _PER_NODE.search(said):
+            network = int(match[1]) * int(match[2]) / 8 * 1e9 / NODE
+        elif match := _PER_DEVICE.search(said):
+            network = int(match[1]) / 8 * 1e9
+        return Machine.of(device, NODE, network)
+
+    def _numbers(self) -> Numbers:
+        said, schedule = self.text("precision").lower(), self.text("schedule").lower()
+        precision = next((one for one in ("fp4", "fp8", "fp16", "fp32") if one in said.split("+")[0]), "bf16")
+        old = "deepspeed" in schedule
+        gradient = 2 if precision == "fp16" or (old and "fp32 grad" not in said) else 4
+        adapters = "lora" in f"{self.text('notes')} {self.text('task')}".lower()
+        return Numbers(
+            precision, gradient, fused_attention=not old, sequence_parallel=not old, frozen=adapters, fused=not old
+        )
+
+    def _seconds(self, row: Row) -> float | None:
+        """The measured step."""
+        tokens = row.global_batch * row.model.seq_length / row.devices
+        if seconds := self.number("iter_time_s"):
+            return seconds
+        if rate := self.number("tokens_per_s_per_gpu"):
+            return tokens / rate
+        if rate := self.number("tflops_per_gpu"):
+            return tokens * measured_flops(row.model, "hardware" in self.text("tflops_kind")) / (rate * 1e12)
+        return None
+
+
+def _recomputation(said: str) -> int:
+    return 2 if said.startswith("full") else 1 if said.startswith("selective") else 0
