@@ -152,6 +152,8 @@ class NodeCapacity:
     """Memory per device; 0 when unknown."""
     kind: str = "cpu"
     """Device name in the hardware catalogue."""
+    speed: float = 1.0
+    """Of its devices, relative to what their kind usually does: 0.7 for a node that is throttled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import Mesh
+from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.frontier import CLOSE, Ranking, Wish, axes_used, fastest, fitting, most_devices, ordered
 from orchestrator.planner.judge import Judge
 from orchestrator.planner.space import Rows, Space, length, only, take
@@ -31,11 +31,11 @@ class Search:
     spec: JobSpec
     spaces: Sequence[Space]
     judges: Sequence[Judge]
-    calibration: Any = None
+    calibration: Calibration | None = None
 
     def ranked(self, wish: Wish, known: Ranking | None = None) -> Ranking:
         """The plans that may be chosen or listed, those `known` included."""
-        found = Ranking(known.rows, known.step) if known else Ranking()
+        found = Ranking(known.rows, known.step, limit=known.limit) if known else Ranking()
         for space, judge in zip(self.spaces, self.judges, strict=True):
             fastest(space, judge, wish, found)
         return found

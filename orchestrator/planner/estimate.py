@@ -73,8 +73,8 @@ class _Terms:
 
     def __init__(self, spec: JobSpec, pool: Pool, judge: Judge, plans: Candidates) -> None:
         self._spec, self._pool, self._judge, self._plans = spec, pool, judge, plans
-        self._steps = judge.seconds(plans)
         self._seconds, self._memory = judge.where_seconds(plans), judge.where_memory(plans)
+        self._steps = np.asarray(sum(self._seconds.values())) if self._seconds else judge.seconds(plans)
 
     def estimate(self, at: int) -> Estimate:
         """The plan at this position."""

@@ -64,6 +64,8 @@ class Ranking:
     step: Floats = field(default_factory=lambda: np.zeros(0))
     weighed: int = 0
     """Plans that were taken in, those dropped included."""
+    limit: float = inf
+    """Seconds beyond which a plan is neither chosen nor listed."""
 
     def __len__(self) -> int:
         return len(self.step)
@@ -75,24 +77,28 @@ class Ranking:
         rows, step = take(rows, close), step[close]
         self.rows = joined([self.rows, rows]) if self.rows else rows
         self.step = np.concatenate([self.step, step])
+        self.limit = self._limit()
         close = self.step <= self.limit
         self.rows, self.step = take(self.rows, close), self.step[close]
 
-    @property
-    def limit(self) -> float:
-        """Seconds beyond which a plan is neither chosen nor listed."""
-        if not len(self):
-            return inf
-        firsts = np.sort(self.step[self.firsts()])
+    def _limit(self) -> float:
+        meshes = self._meshes()
+        order = np.lexsort([self.step, meshes])
+        begins = np.flatnonzero(np.append(True, meshes[order][1:] != meshes[order][:-1])[: len(order)])
+        firsts = np.sort(self.step[order][begins])
         return inf if len(firsts) <= LISTED else float(max(firsts[LISTED], firsts[0] * CLOSE))
+
+    def _meshes(self) -> Ints:
+        """A number for each plan; plans that are listed once have the same (see `KEY`)."""
+        key = np.zeros(len(self), np.int64)
+        for name in KEY:
+            key = key * (int(self.rows[name].max(initial=0)) + 1) + self.rows[name]
+        return key
 
     def firsts(self) -> Ints:
         """Positions of the fastest plan of each mesh (see `KEY`), in no order."""
-        key = np.zeros(len(self), np.int64)
-        for name in KEY:
-            key = key * (int(self.rows[name].max()) + 1) + self.rows[name]
         order = self.order()
-        _, first = np.unique(key[order], return_index=True)
+        _, first = np.unique(self._meshes()[order], return_index=True)
         return order[first]
 
     def order(self) -> Ints:
@@ -165,13 +171,12 @@ def _promising(rows: Rows, judge: Judge, found: Ranking) -> NDArray[np.bool_]:
 def _unsharded(rows: Rows) -> Candidates:
     ones = np.ones(length(rows), np.int64)
     missing = {"recomputation": ones * 0} if "recomputation" not in rows else {}
-    return candidates(rows | {"dp_replicate": ones, "dp_shard": ones, "zero": ones * 0} | missing)
+    return candidates(rows | {"dp_replicate": ones, "dp_shard": ones} | missing)
 
 
 def _most_sharded(space: Space, rows: Rows) -> Candidates:
     shards = np.minimum(rows["most"], space.sizes.dp_shard.max)
-    zero = np.where(shards > 1, rows["zero"], 0)
-    return candidates(rows | {"dp_replicate": np.ones_like(shards), "dp_shard": shards, "zero": zero})
+    return candidates(rows | {"dp_replicate": np.ones_like(shards), "dp_shard": shards})
 
 
 def _parts(sizes: Ints, most: int) -> Iterable[slice]:

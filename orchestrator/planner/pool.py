@@ -95,7 +95,7 @@ def usable(spec: JobSpec, capacity: Iterable[NodeCapacity]) -> list[NodeCapacity
     most = spec.devices_per_node
     ordered = sorted(capacity, key=lambda node: (natural(node.node), node.devices, node.memory_bytes, node.kind))
     once = {node.node: node for node in reversed(ordered)}
-    cut = [replace(node, devices=node.devices if most is None else min(most, node.devices)) for node in once.values()]
+    cut = [node if most is None or node.devices <= most else replace(node, devices=most) for node in once.values()]
     return sorted((node for node in cut if node.devices > 0), key=lambda node: (-node.devices, natural(node.node)))
 
 
@@ -109,15 +109,32 @@ def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
     described = [(node, devices[node.kind]) for node in nodes]
     for backend in sorted({device.backend for _, device in described}):
         mine = [(node, device) for node, device in described if device.backend == backend]
-        grades = sorted({_grade(node, device) for node, device in mine}, reverse=True)
+        kinds = {_kind(node): _grade(node, device) for node, device in mine}
+        grades = sorted(set(kinds.values()), reverse=True)
         step = -(-len(grades) // _MOST_POOLS)
         for lowest in grades[::-1][::step]:
-            kept = [(node, device) for node, device in mine if _grade(node, device) >= lowest]
-            slowest = min((device for _, device in kept), key=lambda device: (device.flops_per_s, device.name))
+            kept = [(node, device) for node, device in mine if kinds[_kind(node)] >= lowest]
+            slowest = min({_throttled(device, node.speed) for node, device in kept}, key=_slowness)
             memory = min(_memory(node, device) for node, device in kept)
             known = 0 if memory == math.inf else int(memory)
             found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, known))
     return found
+
+
+def _kind(node: NodeCapacity) -> tuple[str, int, float]:
+    """What makes a node's grade, its device's apart."""
+    return node.kind, node.memory_bytes, node.speed
+
+
+@lru_cache(maxsize=1 << 10)
+def _throttled(device: Device, speed: float) -> Device:
+    """The device as fast as a node's `speed` says; links are as ever."""
+    rates = {name: getattr(device, name) * speed for name in ("flops_per_s", "fp8_flops_per_s", "memory_bytes_per_s")}
+    return device if speed == 1 else replace(device, **rates)
+
+
+def _slowness(device: Device) -> tuple[float, str]:
+    return device.flops_per_s, device.name
 
 
 def _memory(node: NodeCapacity, device: Device) -> float:
@@ -127,4 +144,4 @@ def _memory(node: NodeCapacity, device: Device) -> float:
 def _grade(node: NodeCapacity, device: Device) -> tuple[float, float]:
     """Speed and memory in whole GiB: nodes of one grade are used together."""
     memory = _memory(node, device)
-    return device.flops_per_s, memory if memory == math.inf else round(memory / GIB)
+    return _throttled(device, node.speed).flops_per_s, memory if memory == math.inf else round(memory / GIB)

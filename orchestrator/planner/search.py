@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,13 +10,14 @@ from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import Assignment, Mesh, NodeCapacity, Plan
 from orchestrator.planner import shortage
 from orchestrator.planner.assign import assign
+from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.choose import Choice, Search, choose
 from orchestrator.planner.estimate import Estimate, estimates
 from orchestrator.planner.explain import compared, lost, why
 from orchestrator.planner.frontier import LISTED, Ranking, Wish
 from orchestrator.planner.judge import judge
 from orchestrator.planner.legality import legal
-from orchestrator.planner.outcome import Infeasible, Planned
+from orchestrator.planner.outcome import Candidate, Infeasible, Planned
 from orchestrator.planner.pool import Pool, pools, usable
 from orchestrator.planner.space import KEPT, Space, candidates
 
@@ -27,7 +27,7 @@ def plan(
     capacity: Sequence[NodeCapacity],
     previous: Plan | None = None,
     assignment: Assignment | None = None,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
 ) -> Planned | Infeasible:
     """The best legal plan of `spec` on the nodes of `capacity`, or why there is none.
 
@@ -44,7 +44,11 @@ def plan(
 
 
 def ladder(
-    spec: JobSpec, capacity: Sequence[NodeCapacity], planned: Planned, count: int, calibration: Any = None
+    spec: JobSpec,
+    capacity: Sequence[NodeCapacity],
+    planned: Planned,
+    count: int,
+    calibration: Calibration | None = None,
 ) -> tuple[Planned | Infeasible, ...]:
     """The plans after 1, 2 ... `count` of the nodes that `planned` uses are lost at once, its last ones first.
 
@@ -90,13 +94,13 @@ def _answer(
     return _planned(search, nodes, ranking, choice, assignment)
 
 
-def _search(spec: JobSpec, candidates: Sequence[Pool], calibration: Any) -> Search:
+def _search(spec: JobSpec, candidates: Sequence[Pool], calibration: Calibration | None) -> Search:
     enough = [pool for pool in candidates if len(pool.nodes) >= spec.min_nodes]
     spaces = [Space(spec, pool, legal(spec, pool.devices), number) for number, pool in enumerate(enough)]
     return Search(spec, spaces, [judge(spec, pool, calibration) for pool in enough], calibration)
 
 
-def _best_mesh(spec: JobSpec, capacity: Sequence[NodeCapacity], calibration: Any) -> Mesh | None:
+def _best_mesh(spec: JobSpec, capacity: Sequence[NodeCapacity], calibration: Calibration | None) -> Mesh | None:
     """The mesh of the fastest plan on `capacity`; None when there is no plan."""
     found = _search(spec, pools(spec, usable(spec, capacity)), calibration).ranked(Wish())
     return candidates(found.rows).mesh(int(found.order()[0])) if len(found) else None
@@ -124,5 +128,5 @@ def _planned(
     )
 
 
-def _alternative(one: Estimate, taken: Estimate) -> Any:
+def _alternative(one: Estimate, taken: Estimate) -> Candidate:
     return one.candidate(compared(one, taken), lost(one, taken))

@@ -81,19 +81,22 @@ def _no_mesh(spec: JobSpec, nodes: Sequence[NodeCapacity], pool: Pool, sizes: Le
         "tp": sizes.tp[0],
     }
     replicas, world = least["dp_replicate"] * least["dp_shard"], prod(least.values())
-    if replicas > spec.global_batch:
-        need = f"spec.batch.global of at least {replicas}"
-        reason = f"a batch of {spec.global_batch} cannot feed {replicas} data-parallel replicas: set {need}"
-        return Infeasible(reason, sizes.rejected, need)
-    if world > pool.devices:
-        need = counted(world - pool.devices, "more device")
-        named = " x ".join(f"{axis} {size}" for axis, size in least.items() if size > 1)
-        has = f"{counted(pool.devices, 'device')} {'is' if pool.devices == 1 else 'are'} usable"
-        cap = f" or raise spec.nodes.max ({spec.max_nodes})" if len(pool.nodes) > spec.max_nodes else ""
-        reason = f"the smallest legal mesh ({named}) needs {world} devices but {has}: add {need}{cap}"
-        return Infeasible(reason, sizes.rejected, need)
     limits = f"{spec.min_nodes} (spec.nodes.min) and {pool.devices} devices (all that is usable)"
     reason = f"no legal mesh uses between {limits}"
+    if replicas > spec.global_batch:
+        reason = f"a batch of {spec.global_batch} cannot feed {replicas} data-parallel replicas"
+        need = f"spec.batch.global of at least {replicas}"
+        if attempt(replace(spec, global_batch=replicas), nodes):
+            return Infeasible(f"{reason}: set {need}", sizes.rejected, need)
+    elif world > pool.devices:
+        named = " x ".join(f"{axis} {size}" for axis, size in least.items() if size > 1)
+        has = f"{counted(pool.devices, 'device')} {'is' if pool.devices == 1 else 'are'} usable"
+        reason = f"the smallest legal mesh ({named}) needs {world} devices but {has}"
+        need = counted(world - pool.devices, "more device")
+        more = [replace(node, node=f"{node.node}+", devices=world - pool.devices) for node in pool.nodes[:1]]
+        if attempt(replace(spec, max_nodes=len(nodes) + 1, devices_per_node=None), [*nodes, *more]):
+            cap = f" or raise spec.nodes.max ({spec.max_nodes})" if len(pool.nodes) > spec.max_nodes else ""
+            return Infeasible(f"{reason}: add {need}{cap}", sizes.rejected, need)
     return _with_change(reason, sizes.rejected, spec, nodes, attempt) or _hopeless(reason, sizes.rejected)
 
 

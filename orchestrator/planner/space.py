@@ -140,20 +140,19 @@ class Space:
         return rows | {"recomputation": position}
 
     def replicas(self, rows: Rows) -> Rows:
-        """With each dp_replicate x dp_shard of `least` to `most` replicas; `zero` 0 where nothing is sharded."""
+        """With each dp_replicate x dp_shard of `least` to `most` replicas; one `zero` where nothing is sharded."""
         counts, dp_replicate, dp_shard = self._pairs
         first = np.searchsorted(counts, rows["least"], side="left")
         last = np.searchsorted(counts, rows["most"], side="right")
         rows, position = _repeat(rows | {"first": first}, np.maximum(0, last - first))
         which = rows.pop("first") + position
         rows |= {"dp_replicate": dp_replicate[which], "dp_shard": dp_shard[which]}
-        sharded = rows["dp_shard"] > 1
         legal = rows["dp_shard"] * rows["cp"] * rows["tp"] % rows["ep"] == 0
         if "dp_replicate" not in self.spec.parallelism and self.sizes.dp_shard.max >= SHARDED:
             legal &= (rows["dp_replicate"] == 1) | (rows["dp_shard"] >= SHARDED)
         if len(self.sizes.zero) > 1:
-            legal &= sharded | (rows["zero"] == self.sizes.zero[0])
-        return take(rows | {"zero": np.where(sharded, rows["zero"], 0)}, legal)
+            legal &= (rows["dp_shard"] * rows["cp"] > 1) | (rows["zero"] == self.sizes.zero[-1])
+        return take(rows, legal)
 
     def complete(self, loads: Rows) -> Rows:
         """Every legal plan of these loads."""

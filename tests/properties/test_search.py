@@ -131,9 +131,7 @@ def runs(spec: JobSpec, model: ModelSpec, mesh: dict[str, int]) -> Iterator[dict
         for interleave, zero, ep in product(range(1, 3), range(4), range(1, 5)):
             if interleave > spec.interleave.max or (interleave > 1 and (pp == 1 or number % pp)):
                 continue
-            if zero and (mesh["dp_shard"] == 1 or not spec.zero.min <= zero <= spec.zero.max):
-                continue
-            if not zero and mesh["dp_shard"] > 1:
+            if not spec.zero.min <= zero <= 3 or (zero < 3 and mesh["dp_shard"] * mesh["cp"] == 1):
                 continue
             if ep > axis_bounds(spec, "ep").max or model.experts % ep or groups % ep:
                 continue

@@ -9,6 +9,7 @@ from orchestrator.core.spec import AxisBounds, ModelSpec
 from orchestrator.core.types import Mesh, NodeCapacity, Plan, Recomputation
 from orchestrator.planner import Infeasible, Planned, ladder, plan
 from orchestrator.planner.hardware import GIB
+from orchestrator.planner.memory import USABLE
 from tests.unit.planner.jobs import LLAMA_8B, LLAMA_70B, LLAMA_405B, job, nodes, planned
 
 
@@ -105,7 +106,7 @@ def test_a_mesh_is_kept_while_nothing_is_clearly_faster() -> None:
 
 def test_large_models_are_split_until_they_fit() -> None:
     taken = planned(job(LLAMA_70B, global_batch=1024), nodes(4, 8, "NVIDIA H100 80GB HBM3")).plan
-    assert 0 < taken.memory_bytes <= 0.9 * 80 * GIB
+    assert 0 < taken.memory_bytes <= USABLE * 80 * GIB
     assert taken.recomputation is not Recomputation.NONE
     assert "recomputation because memory does not suffice" in taken.reason
 
@@ -120,7 +121,7 @@ def test_tensor_groups_stay_inside_nodes() -> None:
 def test_memory_reported_by_nodes_comes_before_the_catalogue() -> None:
     spec = job(LLAMA_8B, global_batch=64)
     small = planned(spec, nodes(1, 8, "h100", 40 * GIB)).plan
-    assert small.memory_bytes <= 0.9 * 40 * GIB
+    assert small.memory_bytes <= USABLE * 40 * GIB
     assert planned(spec, nodes(1, 8, "h100")).plan.memory_bytes > small.memory_bytes
 
 
@@ -219,3 +220,14 @@ def test_a_ladder_on_nodes_of_different_sizes() -> None:
     for losses, rung in enumerate(ladder(spec, capacity, first, 3), 1):
         left = [node for node in capacity if node.node not in set(first.assignment.names[-losses:])]
         assert replace(rung, weighed=0) == replace(planned(spec, left, first.plan, first.assignment), weighed=0)
+
+
+def test_a_slow_node_is_left_out_where_all_are_faster_without_it() -> None:
+    spec = job(LLAMA_8B, global_batch=64)
+    slow = NodeCapacity("node-slow", 8, 0, "h100", speed=0.6)
+    answer = planned(spec, [*nodes(7, 8, "h100"), slow])
+    assert "node-slow" not in answer.assignment.names
+    assert "8 more devices not used (slower, smaller or of another kind)" in answer.plan.reason
+    alone = planned(spec, [*nodes(1, 8, "h100"), slow])
+    assert "node-slow" in alone.assignment.names  # half of the devices for six tenths of the speed is no gain
+    assert alone.plan.step_s > planned(spec, nodes(2, 8, "h100")).plan.step_s

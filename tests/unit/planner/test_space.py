@@ -103,9 +103,9 @@ def test_experts_are_spread_over_what_shards_and_tensors_span() -> None:
     assert not (rows["dp_shard"] * rows["cp"] * rows["tp"] % rows["ep"]).any()
 
 
-def test_zero_stages_are_those_of_the_job_and_0_where_nothing_is_sharded() -> None:
+def test_zero_stages_are_those_of_the_job_and_one_where_nothing_is_sharded() -> None:
     rows = everything(space(job(zero=AxisBounds(2, 3)), nodes(2)))
-    assert column(rows, "dp_shard", "zero") == {(1, 0), (2, 2), (2, 3)}
+    assert column(rows, "dp_shard", "zero") == {(1, 3), (2, 2), (2, 3)}
     assert length(rows) == len(column(rows, *(name for name in rows if name not in {"shape", "least", "most"})))
 
 
