@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,22 +17,25 @@ SHOWN = 6
 """Plans in the tables; all are in the JSON."""
 _SHORT = {"dp_replicate": "repl", "dp_shard": "shard"}
 _BATCH = ("devices", "samples", "batch", "recompute")
-_TIME = {"data": "data-par.", "optimizer": "optim."}
-_MEMORY = {"parameters": "gathered", "in_flight": "in flight", "communication": "buffers", "constant": "fixed"}
+_TERMS = {
+    **{"data": "data-par.", "optimizer": "optim."},
+    **{"parameters": "gathered", "in_flight": "in flight", "communication": "buffers", "constant": "fixed"},
+}
 
 
 def show(console: Console, when: str, found: Planned) -> None:
     """One plan with its runners-up."""
     from rich.text import Text
 
+    from orchestrator.planner.explain import HELD, SPENT
+
     console.print(Text.assemble((f"{when}: ", "bold"), (str(found.plan.mesh), "bold green"), f"\n{found.plan.reason}"))
     ranked = [found.chosen, *found.alternatives][:SHOWN]
     _ranking(ranked).show(console)
     if found.chosen.seconds:
-        by_time = [{name: f"{value:.3g}" for name, value in one.seconds.items()} for one in ranked]
-        _terms("step, seconds", by_time, _TIME).show(console)
-        by_memory = [{name: f"{value / 2**30:.3g}" for name, value in one.memory.items()} for one in ranked]
-        _terms("memory, GiB", by_memory, _MEMORY).show(console)
+        _terms("step, seconds", [one.seconds for one in ranked], 1, SPENT).show(console)
+        unit, size = _unit(ranked)
+        _terms(f"memory, {unit}", [one.memory for one in ranked], size, HELD).show(console)
     for number, one in enumerate(ranked[1:], 2):
         console.print(Text(f"{number} {_verdict(one, found.chosen)}"))
     if len(found.alternatives) >= SHOWN:
@@ -91,7 +94,8 @@ def _ranking(ranked: Sequence[Candidate]) -> Grid:
     """One line per plan; axes that no plan uses are left out."""
     axes = [axis for axis in (*AXES, "ep") if any(getattr(one.plan.mesh, axis) > 1 for one in ranked)]
     chunks = any(one.plan.interleave > 1 for one in ranked)
-    estimated = ("GiB", "step", "tokens/s", "MFU") if ranked[0].seconds else ()
+    unit, size = _unit(ranked)
+    estimated = (unit, "step", "tokens/s", "MFU") if ranked[0].seconds else ()
     layers = any(len(one.plan.stage_layers) > 1 for one in ranked)
     extra = [*(["layers"] if layers else []), *(["chunks"] if chunks else [])]
     grid = Grid(["", *(_SHORT.get(axis, axis) for axis in axes), *extra, *_BATCH, *estimated])
@@ -100,18 +104,24 @@ def _ranking(ranked: Sequence[Candidate]) -> Grid:
         samples = "/".join(str(size) for size in sorted(set(one.plan.batch.samples), reverse=True))
         stages = [_layers(one), str(one.plan.interleave)]
         row = [*sizes, *stages[not layers : 1 + chunks], str(one.devices), samples, _batch(one), _recompute(one)]
-        values = [f"{one.plan.memory_bytes / 2**30:.1f}", _step(one), _count(one.tokens_per_s), f"{one.mfu:.1%}"]
+        values = [f"{one.plan.memory_bytes / size:.1f}", _step(one), _count(one.tokens_per_s), f"{one.mfu:.1%}"]
         grid.rows.append([_mark(number), *row, *values[: len(estimated)]])
     return grid
 
 
-def _terms(title: str, rows: Sequence[dict[str, str]], short: dict[str, str]) -> Grid:
+def _terms(title: str, rows: Sequence[Mapping[str, float]], size: float, known: Iterable[str]) -> Grid:
     """Terms that are 0 in every plan are left out."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    grid = Grid([title, *(short.get(name, name.replace("_", " ")) for name in names)], frozenset())
+    names = [name for name in known if any(name in row for row in rows)]
+    grid = Grid([title, *(_TERMS.get(name, name) for name in names)], frozenset())
     for number, row in enumerate(rows, 1):
-        grid.rows.append([_mark(number), *(row.get(name, "-") for name in names)])
+        cells = [f"{row[name] / size:.3g}" if name in row else "-" for name in names]
+        grid.rows.append([_mark(number), *cells])
     return grid
+
+
+def _unit(ranked: Sequence[Candidate]) -> tuple[str, int]:
+    """In what memory is told."""
+    return ("GiB", 2**30) if max(one.plan.memory_bytes for one in ranked) >= 2**30 else ("MiB", 2**20)
 
 
 def _mark(number: int) -> str:

@@ -14,7 +14,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.planner.candidates import Candidates, Floats, Ints
+from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates, Floats, Ints
 from orchestrator.planner.judge import Judge
 from orchestrator.planner.space import Rows, Space, candidates, joined, length, take
 
@@ -28,6 +28,9 @@ CLOSE = 1.05
 """Plans within this factor of the fastest are all kept, so that a mesh that runs may stay."""
 _HOPELESS = 2.0
 """A plan is left out unseen when its work, done this many times as efficiently as any seen, would still be too slow."""
+_WINDOWS = (0.98, 0.9, 0.5, 0.0)
+"""Shares of the devices in which the largest plan is looked for one after the other."""
+_AT_A_TIME = 256
 KEY = ("pp", "dp_replicate", "cp", "tp", "ep")
 """Plans that differ in none of these are listed once: the best of them."""
 
@@ -130,12 +133,15 @@ def fitting(rows: Rows, judge: Judge) -> tuple[Rows, Floats]:
 
 def fastest(space: Space, judge: Judge, wish: Wish, found: Ranking, at_once: int | None = None) -> None:
     """Add to `found` the plans of `space` that may be chosen or listed."""
-    loads = space.loads(wish.among(space.shapes()))
+    shapes = wish.among(space.shapes())
+    shapes["least"] = np.maximum(shapes["least"], -(-wish.devices // (shapes["pp"] * shapes["cp"] * shapes["tp"])))
+    loads = space.loads(shapes)
     if not length(loads):
         return
     if space.most_plans(loads) <= (ALL_AT_ONCE if at_once is None else at_once):
         found.add(*fitting(wish.among(space.complete(loads)), judge))
         return
+    loads = space.loads(_possible(space, judge, shapes))
     efficiency = _begin(space, judge, wish, found, loads)
     rows = space.micro_batches(take(loads, space.work(loads) * efficiency <= found.limit * _HOPELESS))
     rows = take(rows, _promising(space.least_splits(rows), judge, found))
@@ -149,6 +155,20 @@ def fastest(space: Space, judge: Judge, wish: Wish, found: Ranking, at_once: int
         if bound[part.start] > found.limit:
             break
         found.add(*fitting(wish.among(space.replicas(take(rows, part))), judge))
+
+
+def _possible(space: Space, judge: Judge, shapes: Rows) -> Rows:
+    """The shapes of which a plan fits into memory: on all devices, in the smallest micro-batches, all recomputed."""
+    if judge.limit_bytes == inf:
+        return shapes
+    rows = space.smallest(space.micro_batches(space.largest(space.loads(shapes))))
+    rows |= {"recomputation": np.full(length(rows), len(RECOMPUTATIONS) - 1)}
+    fits = np.zeros(length(shapes), bool)
+    for split in (space.even_splits, space.splits):
+        some = split(take(rows, ~fits[np.searchsorted(shapes["shape"], rows["shape"])]))
+        least = judge.least_memory(_most_sharded(space, some))
+        fits[np.searchsorted(shapes["shape"], some["shape"][least <= judge.limit_bytes])] = True
+    return take(shapes, fits)
 
 
 def _begin(space: Space, judge: Judge, wish: Wish, found: Ranking, loads: Rows) -> float:
@@ -192,18 +212,21 @@ def _parts(sizes: Ints, most: int) -> Iterable[slice]:
 
 def most_devices(space: Space, judge: Judge, wish: Wish) -> int:
     """Devices of the largest plan that counts and fits into memory; 0 when none does."""
-    loads = space.loads(wish.among(space.shapes()))
-    if not length(loads):
-        return 0
-    per_replica = loads["pp"] * loads["cp"] * loads["tp"]
-    order = np.argsort(-loads["most"] * per_replica, kind="stable")
-    most = 0
-    for first in range(0, len(order), 64):
-        part = take(loads, order[first : first + 64])
-        if most >= int((part["most"] * part["pp"] * part["cp"] * part["tp"]).max()):
-            break
-        rows = space.splits(space.smallest(space.micro_batches(part)))
-        plans = candidates(wish.among(space.replicas(space.recomputations(rows))))
-        fits = judge.memory(plans) <= judge.limit_bytes
-        most = max(most, int(plans.devices[fits].max(initial=0)))
-    return most
+    shapes = _possible(space, judge, wish.among(space.shapes()))
+    per_replica = shapes["pp"] * shapes["cp"] * shapes["tp"]
+    above = int((shapes["most"] * per_replica).max(initial=0)) + 1
+    for share in _WINDOWS:
+        least = int(above * share)
+        some = shapes | {"least": np.maximum(shapes["least"], -(-least // per_replica))}
+        rows = space.smallest(space.micro_batches(space.loads(take(some, some["least"] <= some["most"]))))
+        rows = wish.among(space.replicas(rows))
+        order = np.argsort(
+            -rows["dp_replicate"] * rows["dp_shard"] * rows["pp"] * rows["cp"] * rows["tp"], kind="stable"
+        )
+        for first in range(0, len(order), _AT_A_TIME):
+            some = take(rows, order[first : first + _AT_A_TIME])
+            plans = candidates(space.recomputations(space.splits(some)))
+            fits = judge.memory(plans) <= judge.limit_bytes
+            if fits.any():
+                return int(plans.devices[fits].max())
+    return 0

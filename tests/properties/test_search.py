@@ -171,6 +171,8 @@ def test_nothing_is_faster_than_what_the_search_finds(
         assert not len(found)
         return
     assert found.step.min() == pytest.approx(steps.min(), rel=1e-12)
+    largest = candidates(rows_of(plans)).devices[steps < np.inf].max()
+    assert frontier.most_devices(space, judge(spec, pool), Wish()) == largest
     known = {tuple(one[name] for name in FIELDS) for one in plans}
     for at in range(len(found)):
         assert tuple(int(found.rows[name][at]) for name in FIELDS) in known
