@@ -17,6 +17,8 @@ from orchestrator.core.errors import CheckpointError
 
 MAX_OPEN_FILES = 256
 """Files kept open at a time; the one used longest ago is closed first."""
+BLOCK_BYTES = 512 << 10
+"""Read at a time by `read_blocks`: small enough to be hashed while it is in cache."""
 MAX_METADATA_BYTES = 1 << 29
 """A metadata file larger than this is not read: it is not one."""
 
@@ -50,6 +52,11 @@ class Files(Protocol):
         """How errors name the file."""
 
 
+def folder_name(files: Files) -> str:
+    """The last part of the files' location."""
+    return files.location.rstrip("/").rpartition("/")[2]
+
+
 def read_whole(files: Files, file: str, limit_bytes: int = MAX_METADATA_BYTES) -> bytes:
     """All bytes of a metadata file; raises `CorruptCheckpoint` when it is larger than `limit_bytes`."""
     count = files.size(file)
@@ -62,9 +69,9 @@ def read_whole(files: Files, file: str, limit_bytes: int = MAX_METADATA_BYTES) -
     return bytes(data)
 
 
-def read_blocks(files: Files, file: str, begin: int, end: int, block_bytes: int = 512 << 10) -> Iterator[memoryview]:
+def read_blocks(files: Files, file: str, begin: int, end: int) -> Iterator[memoryview]:
     """Bytes `begin .. end` piece by piece; each is valid until the next is asked for."""
-    block = memoryview(bytearray(min(block_bytes, end - begin)))
+    block = memoryview(bytearray(min(BLOCK_BYTES, end - begin)))
     while begin < end:
         piece = block[: end - begin]
         files.read_into(file, begin, piece)
@@ -72,15 +79,19 @@ def read_blocks(files: Files, file: str, begin: int, end: int, block_bytes: int 
         begin += piece.nbytes
 
 
+class NotRegular(OSError):
+    """A folder, pipe or device where a file is expected."""
+
+
 def open_regular(path: Path) -> int:
-    """A descriptor to read the file; raises `OSError` for what is no regular file, without waiting for it.
+    """A descriptor to read the file; raises `NotRegular` for what is none, without waiting for it.
 
     A stranger's checkpoint may hold a pipe, on which opening waits for ever, or a link to a device, which never ends.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file")
+        raise NotRegular(errno.EINVAL, "it is not a regular file")
     return descriptor
 
 
@@ -171,6 +182,8 @@ class LocalFiles:
                 handle = _Handle(self.directory / file)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise corrupt(self.label(file), "it is missing") from error
+            except NotRegular as error:
+                raise corrupt(self.label(file), "it is not a regular file") from error
             except (OSError, ValueError) as error:
                 raise _unreadable(self.directory / file, error) from error
             self._open[file] = handle

@@ -19,6 +19,7 @@ def files_at(location: str | Path) -> Files:
     if isinstance(location, str) and "://" in location and urlsplit(location).scheme in SCHEMES:
         return objects_at(location)
     path = parse_root(location)
+    path = path.resolve() if path.name in ("", "..") else path  # a folder's name says what it holds
     try:
         if path.is_dir():
             return LocalFiles(path)

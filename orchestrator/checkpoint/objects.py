@@ -181,7 +181,7 @@ class ObjectFiles:
     def _object(self, file: str) -> _Object:
         found = self._listed().get(file)
         if found is None:
-            raise corrupt(self.label(file), "it is missing")
+            raise corrupt(self.label(file), "it is missing") from FileNotFoundError(file)
         return found
 
     def _listed(self) -> dict[str, _Object]:

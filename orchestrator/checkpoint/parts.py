@@ -1,14 +1,15 @@
-"""Reading manifests from a checkpoint's directory, and the logical tensors that its parts make together."""
+"""Reading manifests from a checkpoint's folder, and the logical tensors that its parts make together.
+
+The folder may be a directory or lie in an object store; its name is the checkpoint's.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from orchestrator.checkpoint.fields import corrupt
-from orchestrator.checkpoint.files import open_regular
+from orchestrator.checkpoint.fields import corrupt, naming
+from orchestrator.checkpoint.files import Files, folder_name, read_whole
 from orchestrator.checkpoint.layout import Chunk, LogicalTensor
 from orchestrator.checkpoint.manifest import (
     MANIFEST,
@@ -24,66 +25,68 @@ from orchestrator.checkpoint.manifest import (
     parse_directory_name,
     part_name,
 )
-from orchestrator.checkpoint.root import checkpoint_directory
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
 
 
-def load_manifest(root: Path, path: str) -> Manifest:
-    """The commit manifest of the checkpoint `path`; raises `CheckpointError` when it is not committed or damaged."""
-    file = checkpoint_directory(root, path) / MANIFEST
+def load_manifest(files: Files) -> Manifest:
+    """The commit manifest in a checkpoint's folder; raises `CheckpointError` when it is not committed or damaged."""
     try:
-        text = _read(file)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"there is no committed checkpoint {path} in {root}: choose another one") from error
-    manifest = decode_manifest(text, _label(file))
-    if (manifest.step, manifest.generation) != parse_directory_name(path):
+        text = read_whole(files, MANIFEST, MAX_MANIFEST_BYTES)
+    except CorruptCheckpoint as error:
+        if not _is_missing(error):
+            raise
+        raise CheckpointError(f"there is no committed checkpoint at {files.location}: choose another one") from error
+    manifest = decode_manifest(text, files.label(MANIFEST))
+    if (manifest.step, manifest.generation) != parse_directory_name(folder_name(files)):
         raise corrupt(
-            _label(file),
+            files.label(MANIFEST),
             f"it belongs to step {manifest.step} of generation {manifest.generation}, so it was moved here",
         )
     return manifest
 
 
-def load_part(directory: Path, entry: PartEntry, *, step: int, generation: int, world_size: int) -> PartManifest:
+def load_parts(files: Files, manifest: Manifest) -> list[PartManifest]:
+    """All part manifests that a commit names, each checked as `load_part` does."""
+    step, generation, ranks = manifest.step, manifest.generation, len(manifest.parts)
+    return [load_part(files, one, step=step, generation=generation, world_size=ranks) for one in manifest.parts]
+
+
+def load_part(files: Files, entry: PartEntry, *, step: int, generation: int, world_size: int) -> PartManifest:
     """The part manifest that `entry` stands for, its digest, its place and its data file's size checked."""
-    file = directory / part_name(entry.rank)
-    text = read_part(directory, entry)
-    part = decode_part(text, _label(file))
+    label = files.label(part_name(entry.rank))
+    text = read_part(files, entry)
+    part = decode_part(text, label)
     if (part.rank, part.step, part.generation, part.world_size) != (entry.rank, step, generation, world_size):
         raise corrupt(
-            _label(file),
+            label,
             f"it belongs to rank {part.rank} of {part.world_size}, step {part.step}, generation {part.generation}",
         )
     if entry.size_bytes != part.file_bytes + len(text):
-        raise corrupt(_label(file), f"it describes {part.file_bytes} bytes, not the size that was reported for it")
-    require_size(directory / data_name(entry.rank), part)
+        raise corrupt(label, f"it describes {part.file_bytes} bytes, not the size that was reported for it")
+    _require_size(files, part)
     return part
 
 
-def read_part(directory: Path, entry: PartEntry) -> bytes:
+def read_part(files: Files, entry: PartEntry) -> bytes:
     """The bytes of the part manifest that `entry` stands for, its digest checked."""
-    file = directory / part_name(entry.rank)
-    try:
-        text = _read(file)
-    except FileNotFoundError as error:
-        raise corrupt(_label(file), "it is missing") from error
+    text = read_whole(files, part_name(entry.rank), MAX_MANIFEST_BYTES)
     if digest_of(text) != entry.digest:
-        raise corrupt(_label(file), "its checksum is not the one that was reported for it")
+        raise corrupt(files.label(part_name(entry.rank)), "its checksum is not the one that was reported for it")
     return text
 
 
-def require_size(file: Path, part: PartManifest) -> None:
+def _require_size(files: Files, part: PartManifest) -> None:
     """Raises `CorruptCheckpoint`, naming the first tensor concerned, unless the data file is as long as it was."""
+    file = data_name(part.rank)
     try:
-        size_bytes = file.stat().st_size
-    except FileNotFoundError as error:
-        raise corrupt(_label(file), "it is missing", _first_beyond(part, 0)) from error
-    except OSError as error:
-        raise CheckpointError(f"checkpoint file {file} cannot be read ({error.strerror}): make it readable") from error
+        size_bytes = files.size(file)
+    except CorruptCheckpoint as error:
+        if (first := _first_beyond(part, 0)) is None:
+            raise
+        raise naming(error, first) from error
     if size_bytes != part.file_bytes:
-        raise corrupt(
-            _label(file), f"it has {size_bytes} bytes instead of {part.file_bytes}", _first_beyond(part, size_bytes)
-        )
+        reason = f"it has {size_bytes} bytes instead of {part.file_bytes}"
+        raise corrupt(files.label(file), reason, _first_beyond(part, size_bytes))
 
 
 def _first_beyond(part: PartManifest, size_bytes: int) -> str | None:
@@ -94,21 +97,8 @@ def _first_beyond(part: PartManifest, size_bytes: int) -> str | None:
     return min(beyond)[1] if beyond else None
 
 
-def _read(file: Path) -> bytes:
-    try:
-        with os.fdopen(open_regular(file), "rb") as stream:
-            if os.fstat(stream.fileno()).st_size > MAX_MANIFEST_BYTES:
-                raise corrupt(_label(file), f"it is larger than {MAX_MANIFEST_BYTES} bytes")
-            return stream.read()
-    except (FileNotFoundError, NotADirectoryError, CorruptCheckpoint):
-        raise
-    except OSError as error:
-        raise CheckpointError(f"checkpoint file {file} cannot be read ({error.strerror}): make it readable") from error
-
-
-def _label(file: Path) -> str:
-    """How errors name a file: with its checkpoint's directory."""
-    return f"{file.parent.name}/{file.name}"
+def _is_missing(error: CorruptCheckpoint) -> bool:
+    return isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
 
 
 @dataclass(slots=True)
@@ -120,11 +110,11 @@ class _Growing:
     chunks: list[Chunk] = field(default_factory=list)
 
 
-def merge_parts(directory: Path, parts: Iterable[PartManifest]) -> dict[str, LogicalTensor]:
-    """The logical tensors of a checkpoint by name; raises `CorruptCheckpoint` when parts disagree about one."""
+def merge_parts(name: str, parts: Iterable[PartManifest]) -> dict[str, LogicalTensor]:
+    """The logical tensors of the checkpoint `name`; raises `CorruptCheckpoint` when parts disagree about one."""
     growing: dict[str, _Growing] = {}
     for part in parts:
-        data, manifest = data_name(part.rank), f"{directory.name}/{part_name(part.rank)}"
+        data, manifest = data_name(part.rank), f"{name}/{part_name(part.rank)}"
         for tensor in part.tensors:
             known = growing.setdefault(tensor.name, _Growing(tensor, manifest))
             if _identity(known.first) != _identity(tensor):
@@ -132,7 +122,7 @@ def merge_parts(directory: Path, parts: Iterable[PartManifest]) -> dict[str, Log
                     manifest, f"it is a {_words(tensor)} but a {_words(known.first)} in {known.file}", tensor.name
                 )
             known.chunks.extend(Chunk(chunk.box, data, chunk.begin, chunk.digest) for chunk in tensor.chunks)
-    return {name: _logical(name, one) for name, one in growing.items()}
+    return {key: _logical(key, one) for key, one in growing.items()}
 
 
 def _identity(tensor: PartTensor) -> tuple[object, ...]:

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint.durable import locked, replace_durably, sync_directory
 from orchestrator.checkpoint.fields import corrupt
+from orchestrator.checkpoint.files import LocalFiles
 from orchestrator.checkpoint.layout import LogicalTensor
 from orchestrator.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     PartEntry,
-    PartManifest,
     directory_name,
     encode_manifest,
     part_name,
 )
-from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts, read_part
+from orchestrator.checkpoint.parts import load_manifest, load_parts, merge_parts, read_part
 from orchestrator.checkpoint.reshard import flaw
 from orchestrator.checkpoint.root import create_root, list_root, parse_root
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint, InvalidInput, Refused
@@ -116,19 +116,20 @@ def commit(root: str | Path, *, generation: int, step: int, world_size: int, par
     base = parse_root(root)
     directory = base / directory_name(step, generation)
     entries = _entries(generation, step, world_size, parts)
-    done = _already(base, directory, entries)
+    done = _already(directory, entries)
     if done is not None:
         return done
     if not directory.is_dir():
         raise CheckpointError(f"step {step} cannot be committed because {directory} does not exist: save it again")
     _check_parts(directory, step, generation, entries)
     with locked(base):
-        done = _already(base, directory, entries)
+        done = _already(directory, entries)
         if done is not None:
             return done
         _require_newest(base, generation)
-        for entry in entries:  # a part may have been replaced since it was checked; from here on it cannot be
-            read_part(directory, entry)
+        files = LocalFiles(directory)  # a part may have been replaced since it was checked; from here on it cannot be
+        for entry in entries:
+            read_part(files, entry)
         seconds = max(part.write_s for part in parts) + time.perf_counter() - began
         manifest = Manifest(generation, step, seconds, entries)
         replace_durably(directory / MANIFEST, encode_manifest(manifest))
@@ -152,11 +153,11 @@ def _entries(generation: int, step: int, world_size: int, reports: Sequence[Save
     return tuple(PartEntry(report.rank, report.digest, report.size_bytes) for report in ordered)
 
 
-def _already(root: Path, directory: Path, entries: tuple[PartEntry, ...]) -> Committed | None:
+def _already(directory: Path, entries: tuple[PartEntry, ...]) -> Committed | None:
     """The same commit, if it was made before; raises `Refused` when another was made under its name."""
     if not (directory / MANIFEST).exists():
         return None
-    manifest = load_manifest(root, directory.name)
+    manifest = load_manifest(LocalFiles(directory))
     if manifest.parts != entries:
         raise Refused(f"checkpoint {directory} is committed already with other parts: save the step again")
     sync_directory(directory)  # a crash may have come between the rename and this
@@ -164,11 +165,8 @@ def _already(root: Path, directory: Path, entries: tuple[PartEntry, ...]) -> Com
 
 
 def _check_parts(directory: Path, step: int, generation: int, entries: tuple[PartEntry, ...]) -> None:
-    loaded: list[PartManifest] = []
-    for entry in entries:
-        part = load_part(directory, entry, step=step, generation=generation, world_size=len(entries))
-        loaded.append(part)
-    check_coverage(directory.name, merge_parts(directory, loaded).values())
+    parts = load_parts(LocalFiles(directory), Manifest(generation, step, 0.0, entries))
+    check_coverage(directory.name, merge_parts(directory.name, parts).values())
 
 
 def check_coverage(directory_name: str, tensors: Collection[LogicalTensor]) -> None:
@@ -202,7 +200,7 @@ def committed(root: str | Path) -> list[Committed]:
     found = []
     for _, _, name in sorted(list_root(base), reverse=True):
         try:
-            found.append(_committed(name, load_manifest(base, name)))
+            found.append(_committed(name, load_manifest(LocalFiles(base / name))))
         except CheckpointError:
             continue
     return found

@@ -6,7 +6,6 @@ proof is that all elements are there, once, and can be read.
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,21 +14,18 @@ from pathlib import Path
 import xxhash
 
 from orchestrator.checkpoint.archive import check_records
-from orchestrator.checkpoint.fields import corrupt
-from orchestrator.checkpoint.files import Files, LocalFiles, read_blocks
+from orchestrator.checkpoint.fields import corrupt, naming
+from orchestrator.checkpoint.files import Files, LocalFiles, folder_name, read_blocks
 from orchestrator.checkpoint.formats import open_checkpoint, universal
 from orchestrator.checkpoint.layout import LogicalTensor
 from orchestrator.checkpoint.manifest import MANIFEST, PartManifest, data_name
-from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts
+from orchestrator.checkpoint.parts import load_manifest, load_parts, merge_parts
 from orchestrator.checkpoint.reshard import flaw
-from orchestrator.checkpoint.root import parse_root
+from orchestrator.checkpoint.root import checkpoint_directory, parse_root
 from orchestrator.checkpoint.store import check_coverage
 from orchestrator.checkpoint.stream import Progress
 from orchestrator.checkpoint.view import UniversalView
-from orchestrator.core.errors import CheckpointError
-
-BLOCK_BYTES = 512 << 10
-"""Read at a time and thread: small enough to be hashed while it is in cache."""
+from orchestrator.core.errors import CorruptCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,59 +57,54 @@ def verify(root: str | Path, path: str, *, threads: int = 2) -> Verified:
     size, an element that no chunk or more than one holds, replicas that differ. `CheckpointError` when it is not there.
     """
     began = time.perf_counter()
-    base = parse_root(root)
-    manifest = load_manifest(base, path)
-    directory = base / path
-    parts = [
-        load_part(directory, entry, step=manifest.step, generation=manifest.generation, world_size=len(manifest.parts))
-        for entry in manifest.parts
-    ]
-    tensors = merge_parts(directory, parts)
-    check_coverage(path, tensors.values())
+    files = LocalFiles(checkpoint_directory(parse_root(root), path))
+    tensors, checked = _check_native(files, threads)
+    return Verified(checked, time.perf_counter() - began, tensors)
+
+
+def _check_native(files: Files, threads: int, progress: Progress = lambda count: None) -> tuple[int, int]:
+    """Re-read a native checkpoint; returns its logical tensors and the bytes read."""
+    parts = load_parts(files, load_manifest(files))
+    name = folder_name(files)
+    tensors = merge_parts(name, parts)
+    check_coverage(name, tensors.values())
     for tensor in tensors.values():
-        _check_replicas(path, tensor)
+        _check_replicas(name, tensor)
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        checked = list(pool.map(lambda part: _check_file(directory / data_name(part.rank), part), parts))
-    return Verified(sum(checked), time.perf_counter() - began, len(tensors))
+        return len(tensors), sum(pool.map(lambda part: _check_file(files, part, progress), parts))
 
 
-def _check_replicas(path: str, tensor: LogicalTensor) -> None:
+def _check_replicas(name: str, tensor: LogicalTensor) -> None:
     digests: dict[object, str | None] = {}
     for chunk in tensor.chunks:
         if digests.setdefault(chunk.box, chunk.digest) != chunk.digest:
-            raise corrupt(f"{path}/{MANIFEST}", f"the replicas of chunk {chunk.box} differ", tensor.name)
+            raise corrupt(f"{name}/{MANIFEST}", f"the replicas of chunk {chunk.box} differ", tensor.name)
 
 
-def _check_file(file: Path, part: PartManifest) -> int:
+def _check_file(files: Files, part: PartManifest, progress: Progress) -> int:
     ranges = [_Range(0, part.header_bytes, part.header_digest, None, "the header")]
     ranges += [
         _Range(chunk.begin, chunk.end, chunk.digest, tensor.name, f"chunk {chunk.box}")
         for tensor in part.tensors
         for chunk in tensor.chunks
     ]
-    ranges.sort(key=lambda one: one.begin)
-    block = memoryview(bytearray(BLOCK_BYTES))
-    try:
-        with file.open("rb", buffering=0) as stream:
-            for one in ranges:
-                _check_range(stream.fileno(), file, one, block)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint file {file} cannot be read ({error.strerror}): make it readable") from error
+    for one in sorted(ranges, key=lambda one: one.begin):
+        _check_range(files, data_name(part.rank), one)
+        progress(one.end - one.begin)
     return part.file_bytes
 
 
-def _check_range(descriptor: int, file: Path, one: _Range, block: memoryview) -> None:
+def _check_range(files: Files, file: str, one: _Range) -> None:
     hasher = xxhash.xxh3_128()
-    position = one.begin
-    while position < one.end:
-        count = os.preadv(descriptor, [block[: one.end - position]], position)
-        if count == 0:
-            raise corrupt(f"{file.parent.name}/{file.name}", f"it ends at byte {position}", one.tensor)
-        hasher.update(block[:count])
-        position += count
+    try:
+        for block in read_blocks(files, file, one.begin, one.end):
+            hasher.update(block)
+    except CorruptCheckpoint as error:
+        if one.tensor is None:
+            raise
+        raise naming(error, one.tensor) from error
     if hasher.hexdigest() != one.digest:
-        reason = f"the bytes of {one.what} do not match their checksum"
-        raise corrupt(f"{file.parent.name}/{file.name}", reason, one.tensor)
+        raise corrupt(files.label(file), f"the bytes of {one.what} do not match their checksum", one.tensor)
 
 
 # ---------------------------------------------------------------- any format
@@ -145,10 +136,8 @@ def check_bytes(view: UniversalView, *, threads: int = 2, progress: Progress = l
 
     Returns the bytes compared and the bytes that were read without a checksum; raises `CorruptCheckpoint`.
     """
-    if view.source == "native" and isinstance(view.files, LocalFiles):
-        count = verify(view.files.directory.parent, view.files.directory.name, threads=threads).bytes
-        progress(count)
-        return count, 0
+    if view.source == "native":
+        return _check_native(view.files, threads, progress)[1], 0
     with ThreadPoolExecutor(max(1, threads)) as pool:
         if view.source == universal.NAME:
             ranges = universal.read_ranges(view.files)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.durable import locked, sync_directory, temporary, write_synced
-from orchestrator.checkpoint.files import Files, LocalFiles
+from orchestrator.checkpoint.files import Files, LocalFiles, folder_name
 from orchestrator.checkpoint.formats import Reading
 from orchestrator.checkpoint.layout import ITEM_BYTES, KINDS, Piece
+from orchestrator.checkpoint.location import files_at
 from orchestrator.checkpoint.manifest import (
     MANIFEST,
+    Manifest,
     PartChunk,
     PartManifest,
     PartTensor,
@@ -30,9 +32,9 @@ from orchestrator.checkpoint.manifest import (
     parse_directory_name,
     part_name,
 )
-from orchestrator.checkpoint.parts import load_manifest, load_part, merge_parts
-from orchestrator.checkpoint.root import create_root, parse_root, require_space
-from orchestrator.checkpoint.store import committed, require_fence
+from orchestrator.checkpoint.parts import load_manifest, load_parts, merge_parts
+from orchestrator.checkpoint.root import checkpoint_directory, create_root, parse_root, require_space
+from orchestrator.checkpoint.store import require_fence
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError, Refused
 from orchestrator.core.types import SaveReport
@@ -49,50 +51,57 @@ def open_view(root: str | Path, path: str) -> UniversalView:
 
     Raises `CheckpointError` when it is not there, `CorruptCheckpoint` when a manifest or a file's size is wrong.
     """
-    base = parse_root(root)
-    manifest = load_manifest(base, path)
-    directory = base / path
-    files = LocalFiles(directory)
-    parts = [
-        load_part(directory, entry, step=manifest.step, generation=manifest.generation, world_size=len(manifest.parts))
-        for entry in manifest.parts
-    ]
+    directory = checkpoint_directory(parse_root(root), path)
+    return _view(LocalFiles(directory), load_manifest(LocalFiles(directory)))
+
+
+def _view(files: Files, manifest: Manifest) -> UniversalView:
+    parts = load_parts(files, manifest)
     return UniversalView(
         files,
         step=manifest.step,
         generation=manifest.generation,
         state=merge_states([part.state for part in parts]),
-        tensors=merge_parts(directory, parts),
+        tensors=merge_parts(folder_name(files), parts),
     )
 
 
 def recognise(files: Files) -> bool:
     """Whether the files are a native checkpoint, or the folder of them."""
-    if not isinstance(files, LocalFiles):
-        return False
-    at = files.directory
-    if parse_directory_name(at.name) is not None:
+    if parse_directory_name(folder_name(files)) is not None:
         return any(name.startswith("part-") for name in files.names()) or MANIFEST in files.names()
-    return any(parse_directory_name(name.split("/", 1)[0]) is not None for name in files.names())
+    return bool(_folders(files))
 
 
 def open_files(files: Files, reading: Reading) -> UniversalView:
     """The view of the newest committed checkpoint, or of the one whose step or name `reading.tag` gives."""
-    if not isinstance(files, LocalFiles):
-        raise CheckpointError(f"{files.location} is not a directory of this host: native checkpoints are read from one")
-    at = files.directory
-    if parse_directory_name(at.name) is not None:
-        return open_view(at.parent, at.name)
-    found = committed(at)
-    if not found:
-        raise CheckpointError(f"{at} holds no committed checkpoint: give the folder that a job's checkpoint.uri names")
-    if reading.tag is None:
-        return open_view(at, found[0].path)
-    for one in found:
-        if reading.tag in (one.path, str(one.step)):
-            return open_view(at, one.path)
-    steps = ", ".join(str(one.step) for one in found[:10])
-    raise CheckpointError(f"{at} holds no committed checkpoint {reading.tag}: choose one of the steps {steps}")
+    if parse_directory_name(folder_name(files)) is not None:
+        return _view(files, load_manifest(files))
+    steps = []
+    for name in _folders(files):
+        try:
+            folder = files_at(f"{files.location}/{name}")
+            manifest = load_manifest(folder)
+        except CheckpointError:  # not committed, or damaged: no reader could use it
+            continue
+        if reading.tag in (None, name, str(manifest.step)):
+            return _view(folder, manifest)
+        steps.append(str(manifest.step))
+    if not steps:
+        raise CheckpointError(
+            f"{files.location} holds no committed checkpoint: give the folder that a job's checkpoint.uri names"
+        )
+    raise CheckpointError(
+        f"{files.location} holds no committed checkpoint {reading.tag}: choose one of the steps {', '.join(steps[:10])}"
+    )
+
+
+def _folders(files: Files) -> list[str]:
+    """The folders that are named as checkpoints, newest (highest step, then generation) first."""
+    named = {name: parse_directory_name(name) for name in {one.partition("/")[0] for one in files.names()}}
+    return sorted(
+        (name for name, found in named.items() if found), key=lambda name: named[name] or (0, 0), reverse=True
+    )
 
 
 def write_part(

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from orchestrator.checkpoint.archive import TORCH_DTYPES
+from orchestrator.checkpoint.files import LocalFiles
 from orchestrator.checkpoint.formats.dcp_keys import (
     KeyPath,
     Names,
@@ -133,7 +134,9 @@ class NativeWriter(StorageWriter):
         settings: dict[int, dict[str, Any]] = {}
         for report in reports:
             entry = PartEntry(report.rank, report.digest, report.size_bytes)
-            part = load_part(directory, entry, step=self._step, generation=generation, world_size=len(reports))
+            part = load_part(
+                LocalFiles(directory), entry, step=self._step, generation=generation, world_size=len(reports)
+            )
             for index, group in enumerate(part.state.get("param_groups", [])):
                 own = {key: value for key, value in group.items() if key != "params"}
                 if settings.setdefault(index, own) != own:

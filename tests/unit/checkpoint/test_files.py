@@ -10,12 +10,12 @@ import pytest
 from orchestrator.checkpoint.fields import MAX_DEPTH, parse_object
 from orchestrator.checkpoint.files import LocalFiles, read_whole
 from orchestrator.checkpoint.parts import load_manifest
-from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
+from orchestrator.core.errors import CorruptCheckpoint
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read \(it is not a regular file\)"):
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors is corrupt: it is not a regular file"):
         LocalFiles(tmp_path).size("model.safetensors")
 
 
@@ -23,10 +23,10 @@ def test_a_device_is_not_read_for_ever(tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001-gen-0001"
     folder.mkdir()
     (folder / "manifest.json").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(CorruptCheckpoint, match="not a regular file"):
         read_whole(LocalFiles(folder), "manifest.json")
-    with pytest.raises(CheckpointError, match="not a regular file"):
-        load_manifest(tmp_path, folder.name)
+    with pytest.raises(CorruptCheckpoint, match="not a regular file"):
+        load_manifest(LocalFiles(folder))
 
 
 def test_links_to_files_are_followed(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from orchestrator.checkpoint.files import Files, LocalFiles, read_whole
 from orchestrator.checkpoint.formats import open_checkpoint
 from orchestrator.checkpoint.location import files_at
 from orchestrator.checkpoint.objects import ObjectFiles
-from orchestrator.checkpoint.verify import prove
+from orchestrator.checkpoint.verify import prove, verify_any
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint, InvalidInput
 from tests.object_store.server import running
 from tests.unit.checkpoint.formats import universal_layout
 from tests.unit.checkpoint.samples import contents
+from tests.unit.checkpoint.saving import MOMENT, WEIGHT, save, write_all
 
 BUCKET = "checkpoints"
 LEAST_BYTES, WHOLE_BYTES, AHEAD_BYTES = 4 << 10, 64 << 10, 512 << 10
@@ -361,3 +362,42 @@ def upload(store: S3Store, folder: Path, prefix: str) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             obstore.put(store, f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def test_native_checkpoints_are_read_and_verified_in_a_bucket(bucket: S3Store, tmp_path: Path) -> None:
+    for step in (30, 40):
+        save(tmp_path, step=step)
+    write_all(tmp_path, step=50)  # never committed
+    upload(bucket, tmp_path, "job")
+    root = f"s3://{BUCKET}/job"
+    newest = open_checkpoint(root)
+    assert (newest.source, newest.step, newest.generation) == ("native", 40, 3)
+    assert contents(newest)["w"] == (WEIGHT + 40).tobytes()
+    assert contents(newest)["w.exp_avg"] == MOMENT.tobytes()
+    assert open_checkpoint(root, tag="30").step == open_checkpoint(f"{root}/step-00000030-gen-0003").step == 30
+    verified = verify_any(root)
+    assert (verified.tensors, verified.unproven) == (4, 0)
+    with pytest.raises(CheckpointError, match="holds no committed checkpoint 50: choose one of the steps 40, 30"):
+        open_checkpoint(root, tag="50")
+    with pytest.raises(CheckpointError, match=r"there is no committed checkpoint at .*step-00000050-gen-0003"):
+        open_checkpoint(f"{root}/step-00000050-gen-0003")
+    convert(root, tmp_path / "universal", Conversion())
+    assert contents(open_checkpoint(tmp_path / "universal")) == contents(newest)
+
+
+def test_damage_of_a_native_checkpoint_in_a_bucket_is_found(bucket: S3Store, tmp_path: Path) -> None:
+    name = save(tmp_path).path
+    upload(bucket, tmp_path, "damaged")
+    data = (tmp_path / name / "part-00001.safetensors").read_bytes()
+    key = f"damaged/{name}/part-00001.safetensors"
+    put(bucket, {key: data[:-1] + bytes([data[-1] ^ 1])})
+    with pytest.raises(
+        CorruptCheckpoint, match=r"part-00001\.safetensors is corrupt at tensor w.*: the bytes of chunk"
+    ):
+        verify_any(f"s3://{BUCKET}/damaged")
+    put(bucket, {key: data[:-8]})
+    with pytest.raises(CorruptCheckpoint, match=r"part-00001\.safetensors is corrupt at tensor w.*: it has \d+ bytes"):
+        open_checkpoint(f"s3://{BUCKET}/damaged")
+    obstore.delete(bucket, key)
+    with pytest.raises(CorruptCheckpoint, match=r"part-00001\.safetensors is corrupt at tensor w.*: it is missing"):
+        open_checkpoint(f"s3://{BUCKET}/damaged")

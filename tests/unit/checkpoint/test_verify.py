@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.checkpoint import verify as verify_module
+from orchestrator.checkpoint import files as files_module
 from orchestrator.checkpoint.formats import native
 from orchestrator.checkpoint.manifest import MANIFEST, PartEntry, decode_manifest, digest_of, encode_manifest
 from orchestrator.checkpoint.verify import verify
@@ -31,7 +31,7 @@ def test_a_good_checkpoint(tmp_path: Path) -> None:
 
 
 def test_chunks_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(files_module, "BLOCK_BYTES", 7)
     done = save(tmp_path)
     assert verify(tmp_path, done.path).tensors == 4
     flip(tmp_path / NAME / "part-00001.safetensors", -1)
