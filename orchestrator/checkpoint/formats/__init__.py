@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.checkpoint.files import Files
+from orchestrator.checkpoint.heap import uncollected
 from orchestrator.checkpoint.language import Rules
 from orchestrator.checkpoint.location import files_at
 from orchestrator.checkpoint.view import UniversalView
@@ -56,7 +57,8 @@ def open_checkpoint(
         raise InvalidInput(f"{source!r} is not a checkpoint format: choose one of {', '.join(SOURCES)}")
     files = files_at(location)
     module = recognise(files) if source is None else _module(source)
-    return module.open_files(files, Reading(tag, rules))
+    with uncollected():
+        return module.open_files(files, Reading(tag, rules))
 
 
 def recognise(files: Files) -> Source:

@@ -16,6 +16,7 @@ from typing import Any
 from orchestrator.checkpoint.durable import locked, sync_directory, temporary, write_synced
 from orchestrator.checkpoint.files import Files, LocalFiles, folder_name
 from orchestrator.checkpoint.formats import Reading
+from orchestrator.checkpoint.heap import uncollected
 from orchestrator.checkpoint.layout import ITEM_BYTES, KINDS, Piece
 from orchestrator.checkpoint.location import files_at
 from orchestrator.checkpoint.manifest import (
@@ -52,7 +53,8 @@ def open_view(root: str | Path, path: str) -> UniversalView:
     Raises `CheckpointError` when it is not there, `CorruptCheckpoint` when a manifest or a file's size is wrong.
     """
     directory = checkpoint_directory(parse_root(root), path)
-    return _view(LocalFiles(directory), load_manifest(LocalFiles(directory)))
+    with uncollected():
+        return _view(LocalFiles(directory), load_manifest(LocalFiles(directory)))
 
 
 def _view(files: Files, manifest: Manifest) -> UniversalView:
