@@ -88,21 +88,26 @@ def _require_tree(value: Any, most_items: int) -> None:
         for one in level:
             for members in _members(one):
                 items += len(members)
-                if items > most_items or depth > MAX_DEPTH:
-                    raise PickleError(f"its values are nested more than {MAX_DEPTH} deep, or shared too often")
-                inner += [member for member in members if isinstance(member, _CONTAINERS)]
+                inner += [member for member in members if type(member) in _CONTAINERS]
+            if items > most_items or depth > MAX_DEPTH:
+                raise PickleError(f"its values are nested more than {MAX_DEPTH} deep, or shared too often")
         level = inner
 
 
-_CONTAINERS = (list, tuple, dict, set, frozenset, Record)
+_CONTAINERS = frozenset({list, tuple, dict, set, frozenset, Record})
+"""Types, not classes: what the machine makes has no subclasses."""
 
 
 def _members(value: Any) -> tuple[Collection[Any], ...]:
-    if isinstance(value, Record):
-        return value.args, (value.state,), value.items, value.pairs.keys(), value.pairs.values()
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return (value,)
+    if kind is dict:
         return value.keys(), value.values()
-    return (value,) if isinstance(value, list | tuple | set | frozenset) else ()
+    if kind is Record:
+        members = value.args, (value.state,), value.items
+        return (*members, value.pairs.keys(), value.pairs.values()) if value.pairs else members
+    return (value,) if kind is set or kind is frozenset else ()
 
 
 def _encoded(text: Any, encoding: Any = "utf-8") -> bytes:
