@@ -56,6 +56,9 @@ _STORAGES = {
     "Float8_e5m2Storage": "F8_E5M2",
 }
 _LOCAL_HEADER_BYTES = 30
+NUMBER_BYTES = 64
+"""Storages of at most so many bytes hold numbers (an optimizer's step), which are read with the metadata: they are
+compared with their checksums at once."""
 MAX_REPEATED_BYTES = 16 << 20
 """Of all expanded tensors of an archive: a small file must not stand for a huge checkpoint."""
 _PLAIN_TENSORS = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
@@ -267,8 +270,7 @@ class _Archive:
             raise ValueError("its byte order is not little-endian")
         entry = self.entries[f"{self.prefix}data.pkl"]
         data = self._content(entry, MAX_METADATA_BYTES)
-        if entry.CRC and isal_zlib.crc32(data) != entry.CRC:
-            raise corrupt(self.files.label(self.file), f"record {entry.filename[:100]} does not match its CRC-32")
+        self.check(entry, data)
         return unpickle(data, self._storage, self._builders())
 
     def _content(self, entry: zipfile.ZipInfo, limit: int) -> bytes:
@@ -284,12 +286,21 @@ class _Archive:
         at = self.begin + entry.header_offset
         if not self.begin <= at <= self.begin + self.count - _LOCAL_HEADER_BYTES:
             raise ValueError(f"{entry.filename[:100]} lies outside")
-        header = _bytes(self.files, self.file, at, _LOCAL_HEADER_BYTES)
-        name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+        name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        room = min(_LOCAL_HEADER_BYTES + len(name), self.begin + self.count - at)
+        header = _bytes(self.files, self.file, at, room)
+        name_bytes, extra_bytes = struct.unpack("<HH", header[26:_LOCAL_HEADER_BYTES])
         start = at + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
         if header[:4] != b"PK\x03\x04" or start + entry.file_size > self.begin + self.count:
             raise ValueError(f"{entry.filename[:100]} lies outside")
+        if name_bytes != len(name) or header[_LOCAL_HEADER_BYTES:] != name:
+            raise ValueError(f"{entry.filename[:100]} has another name where it lies")
         return int(start)
+
+    def check(self, entry: zipfile.ZipInfo, data: bytes) -> None:
+        """Raises `CorruptCheckpoint` unless the entry's content has its CRC-32 (0 = was written without)."""
+        if entry.CRC and isal_zlib.crc32(data) != entry.CRC:
+            raise corrupt(self.files.label(self.file), f"record {entry.filename[:100]} does not match its CRC-32")
 
     def _storage(self, identity: Any) -> _Storage:
         """A persistent id: `("storage", type, key, location, elements)`."""
@@ -305,6 +316,8 @@ class _Archive:
             if entry is None:
                 raise PickleError(f"storage {key[:50]} is missing")
             known = self.storages[key] = _Storage(self.start(entry), entry.file_size, dtype)
+            if entry.file_size <= NUMBER_BYTES:
+                self.check(entry, _bytes(self.files, self.file, known.begin, entry.file_size))
         if elements * ITEM_BYTES[dtype] > known.size_bytes:
             raise PickleError(f"storage {key[:50]} has {known.size_bytes} bytes, too few for {elements} elements")
         return _Storage(known.begin, known.size_bytes, dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import PurePosixPath
@@ -176,6 +176,7 @@ class _Source:
         others = [zero[key] for key in sorted(zero) if key[0] == min(firsts) and zero[key] != firsts[key[0]]]
         self.ranks = self.models[:1]
         if self.partitioned and self.models and self._is_cut(self.models[0]):
+            self._require_all_before(dp for mp, dp in zero if mp == min(firsts))
             self.ranks += [self.archive(file) for file in others]
         for rank, at in enumerate(sorted(firsts)):
             if rank != at:
@@ -186,6 +187,13 @@ class _Source:
         for model in self.models:
             groups = model.find("param_shapes")
             self.shapes.append([] if groups is None else [_shapes(group) for group in groups.items()])
+
+    def _require_all_before(self, present: Iterable[int]) -> None:
+        """The first data-parallel ranks' model files are there: pieces are joined in their order."""
+        for rank, at in enumerate(sorted(present)):
+            if rank != at:
+                file = f"{self.folder}zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+                raise corrupt(self.files.label(file), "it is missing")
 
     def _is_cut(self, model: Node) -> bool:
         """Whether what is not trained is in parts, of which the other data-parallel ranks have the rest."""

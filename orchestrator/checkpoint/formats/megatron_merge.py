@@ -19,6 +19,8 @@ from orchestrator.checkpoint.layout import LogicalTensor, tensor_name
 from orchestrator.checkpoint.view import UniversalView
 from orchestrator.core.errors import CheckpointError
 
+MAX_NAME = 1000
+"""Characters; no parameter is called by more, and rules take their time with long names."""
 _HEAD = "word_embeddings_for_head.weight"
 _TIED = {
     _HEAD: "language_model.embedding.word_embeddings.weight",
@@ -116,6 +118,8 @@ class Whole:
             variables = {"firstLayer": self._first_layer(rank, chunk), "firstExpert": first_expert}
             named = {}
             for local, tensor in rank.chunks[chunk].items():
+                if len(local) > MAX_NAME:
+                    raise rank.top.fail(f"holds a name of {len(local)} characters")
                 name = self.rules.renamed(local, variables)
                 if name in values or name in named:
                     raise rank.top.fail("is there twice", name)

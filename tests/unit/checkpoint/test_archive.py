@@ -246,3 +246,28 @@ def test_expanded_tensors_are_read_but_do_not_make_a_small_file_huge(tmp_path: P
         torch.save({"mask": torch.ones(1).expand(shape)}, tmp_path / "y.pt")
         with pytest.raises(CorruptCheckpoint, match=r"y\.pt is corrupt.* repeats a storage of 4 bytes too often"):
             load_archive(files, "y.pt")
+
+
+def test_a_number_that_is_read_with_the_metadata_has_its_checksum_compared(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"step": torch.tensor(7.0)}, path)
+    data = bytearray(path.read_bytes())
+    at = data.index(np.float32(7.0).tobytes())
+    data[at + 1] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=r"a\.pt is corrupt: record a/data/0 does not match its CRC-32"):
+        load_archive(LocalFiles(tmp_path), "a.pt")
+
+
+@pytest.mark.parametrize("damage", [slice(26, 30), slice(30, 32)], ids=["lengths", "name"])
+def test_a_record_is_called_the_same_where_it_lies(tmp_path: Path, damage: slice) -> None:
+    """Without the name's length its first bytes would pass for the record's contents."""
+    path = tmp_path / "a.pt"
+    torch.save(BASE, path)
+    with zipfile.ZipFile(path) as archive:
+        begin = archive.getinfo("a/data/0").header_offset
+    data = bytearray(path.read_bytes())
+    data[begin + damage.start : begin + damage.stop] = bytes(damage.stop - damage.start)
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match="a/data/0 has another name where it lies"):
+        load_archive(LocalFiles(tmp_path), "a.pt")

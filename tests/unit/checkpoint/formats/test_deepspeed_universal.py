@@ -273,3 +273,12 @@ def test_model_files_are_those_of_all_ranks_and_hold_models(tmp_path: Path) -> N
     shutil.copy(folder / "zero" / "optimizer_state.pt", folder / "mp_rank_00_model_states.pt")
     with pytest.raises(CorruptCheckpoint, match=r"mp_rank_00_model_states\.pt is corrupt: .* is no model file"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_pieces_of_later_ranks_do_not_take_the_place_of_a_missing_one_s(tmp_path: Path, missing: int) -> None:
+    layout.write(tmp_path, stage=3, world=3)
+    (file,) = tmp_path.rglob(f"zero_pp_rank_{missing}_mp_rank_00_model_states.pt")
+    file.unlink()
+    with pytest.raises(CorruptCheckpoint, match=f"zero_pp_rank_{missing}_mp_rank_00_model_states.pt.*it is missing"):
+        open_checkpoint(tmp_path)

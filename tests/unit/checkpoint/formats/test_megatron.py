@@ -163,6 +163,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     ),
     (lambda saved: saved["model"].update({"decoder.layers.5.x": torch.zeros(1)}), "not those numbered from 0"),
     (lambda saved: saved["model"].update({"more.weight": torch.zeros(1, 1)}), "so that they cannot be named"),
+    (lambda saved: saved["model"].update({"x" * 5000: torch.zeros(1)}), "holds a name of 5000 characters"),
     (_swap, "has the shape"),
     (lambda saved: saved["optimizer"]["fp32_from_fp16_params"].pop(), "has 1 groups but the optimizer 2"),
     (lambda saved: saved["optimizer"]["fp32_from_fp16_params"][1].pop(), "parameters in half precision"),
