@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
 
+from orchestrator.controller.ahead import Ahead
 from orchestrator.controller.effects import Effects
 from orchestrator.controller.journal import Journal, MemoryJournal, SqliteJournal
 from orchestrator.controller.metrics import Metrics
@@ -21,9 +24,9 @@ from orchestrator.core.facts import CheckpointRecorded, Fact, JobAccepted
 from orchestrator.core.history import replay
 from orchestrator.core.job import Job
 from orchestrator.core.spec import JobSpec
-from orchestrator.core.status import JobStatus
+from orchestrator.core.status import JobStatus, Phase
 from orchestrator.core.summary import summarize
-from orchestrator.core.types import Directive, NodeReport
+from orchestrator.core.types import Directive, Generation, NodeCapacity, NodeReport
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +47,7 @@ class Controller:
         self._turn = asyncio.Lock()
         self._job: Job | None = None
         self._effects: Effects | None = None
+        self._ahead: Ahead | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._published: dict[str, Directive] = {}
         self._directive_changed: dict[str, asyncio.Event] = {}
@@ -65,6 +69,7 @@ class Controller:
             return
         history = replay(facts)
         self._effects = Effects(history.spec, self._clock)
+        self._ahead = Ahead(history.spec, self._effects.ready)
         now_s = self._clock()
         if history.ended is None:
             # A crash between putting a manifest and recording it must not lose the commit.
@@ -113,11 +118,15 @@ class Controller:
         if self._job is None or self._job.history.spec.name != name:
             known = f"the job here is {self._job.history.spec.name}" if self._job else "no job has been submitted"
             raise InvalidInput(f"no job is called {name}: {known}")
-        return summarize(self._job)
+        return self._seen(self._job)
 
     def jobs(self) -> list[JobStatus]:
         """All jobs: at most one in this version."""
-        return [summarize(self._job)] if self._job else []
+        return [self._seen(self._job)] if self._job else []
+
+    def _seen(self, job: Job) -> JobStatus:
+        rungs = self._ahead.rungs if self._ahead is not None and job.phase is Phase.RUNNING else ()
+        return replace(summarize(job), ladder=rungs)
 
     async def submit(self, spec: JobSpec) -> None:
         """Accept a job; raises `Conflict` while another is active, `CheckpointError` when its store is unusable.
@@ -136,7 +145,7 @@ class Controller:
             facts: list[Fact] = [JobAccepted(now_s, spec, taken), *found]
             await asyncio.to_thread(self._journal.append, facts)
             before = self._job
-            self._effects = effects
+            self._effects, self._ahead = effects, Ahead(spec, effects.ready)
             self._job = Job(replay(facts), now_s)
         log.info("accepted", job=spec.name, checkpoints=len(found))
         for node in before.fleet.nodes.values() if before else ():
@@ -202,6 +211,7 @@ class Controller:
             if (job.phase, job.reason) != before:
                 log.info("phase", phase=job.phase.value, reason=job.reason)
             self._act(commands, job)
+            self._look_ahead(job)
             if commands or isinstance(event, Tick):
                 self._metrics.show(summarize(job), job.history.max_step)
         if commands or not isinstance(event, Tick):
@@ -234,9 +244,27 @@ class Controller:
                 case _:
                     if isinstance(command, CommitCheckpoint):
                         self._metrics.committed_parts(job.history.spec.name, command.parts)
-                    task = asyncio.create_task(self._carry_out(command, self._effects))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._start(self._carry_out(command, self._effects))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _look_ahead(self, job: Job) -> None:
+        """While the job runs, have plans for the next losses made."""
+        due = self._ahead.due(job) if self._ahead is not None else None
+        if due is not None:
+            self._start(self._plan_ahead(*due))
+
+    async def _plan_ahead(self, generation: Generation, nodes: tuple[NodeCapacity, ...]) -> None:
+        assert self._ahead is not None
+        try:
+            await self._ahead.make(generation, nodes)
+        except Exception:  # what is made ahead is a convenience: training and recovery go on without
+            log.exception("plans for the next losses could not be made")
+        else:
+            self._notify()
 
     async def _carry_out(self, command: Command, effects: Effects) -> None:
         if isinstance(command, Record | Push):

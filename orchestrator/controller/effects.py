@@ -25,7 +25,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.facts import CheckpointRecorded
 from orchestrator.core.spec import JobSpec
-from orchestrator.planner import Infeasible, plan
+from orchestrator.planner import Infeasible, Ready, plan
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +39,8 @@ class Effects:
 
     spec: JobSpec
     clock: Callable[[], float] = time.time
+    ready: Ready = field(default_factory=Ready)
+    """What the planner has searched for this job."""
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(
@@ -66,7 +68,7 @@ class Effects:
 
     def _plan(self, command: MakePlan) -> Event:
         try:
-            planned = plan(self.spec, command.nodes, command.previous, command.assignment)
+            planned = plan(self.spec, command.nodes, command.previous, command.assignment, ready=self.ready)
         except Exception as error:  # a planner bug must leave the job WAITING with a reason, not end the controller
             return PlanImpossible(self.clock(), command.request, f"the planner failed: {error!r}")
         if isinstance(planned, Infeasible):

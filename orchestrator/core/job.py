@@ -193,14 +193,14 @@ class Job(LiveJob):
                 pass
 
     def _wait(self) -> None:
-        history, spec = self.history, self.history.spec
+        history = self.history
         if self.saves.committing:
             self.reason = f"committing step {max(self.saves.committing)}"
             return
         if history.stop_requested:
             self._finish(Phase.FAILED, f"stopped by order; the newest checkpoint is of step {history.committed_step}")
             return
-        nodes = capacity.choose(self._candidates(), spec, self.now_s, self._last_names())
+        nodes = self.usable()
         if self._patient and nodes != self._planned_for:
             self._patient, self._chosen = False, None  # somebody came or went meanwhile: plan anew
         if self._chosen is not None:
@@ -219,6 +219,10 @@ class Job(LiveJob):
         elif self._planning is None or self._planning.nodes != nodes:
             self._ask_for_plan(nodes, growing=False)
             self.reason = f"planning for {_nodes(len(nodes))}"
+
+    def usable(self) -> tuple[NodeCapacity, ...]:
+        """The nodes that a plan made now would be made for."""
+        return capacity.choose(self._candidates(), self.history.spec, self.now_s, self._last_names())
 
     def _why_not_plan(self, nodes: tuple[NodeCapacity, ...]) -> str | None:
         history, spec = self.history, self.history.spec

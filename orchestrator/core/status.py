@@ -107,6 +107,19 @@ class NodeStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Rung:
+    """The plan that would be taken after the loss of so many of the nodes in use at once, made ahead."""
+
+    losses: int
+    plan: Plan | None
+    """None when there is no legal plan on what would be left."""
+    nodes: int
+    """Nodes that the plan uses."""
+    reason: str
+    """Why this plan, or why there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class FailureStatus:
     """Why a job FAILED."""
 
@@ -139,3 +152,5 @@ class JobStatus:
     """How often checkpoints are written and why, where the job file leaves it open."""
     saving_s: float | None = None
     """Seconds between saves; None where they go by steps."""
+    ladder: tuple[Rung, ...] = ()
+    """Plans for the next losses, from one node up; empty until the job has run for a moment."""

@@ -134,6 +134,7 @@ def render(status: JobStatus) -> RenderableType:
         f"generation {status.generation}  {plan_text(status.plan)}\n",
         _progress(status),
         f"\ncheckpoints {status.saving}" if status.saving else "",
+        f"\n{ladder_text(status)}" if status.ladder else "",
     )
     parts: list[RenderableType] = [head, _nodes(status.nodes)]
     if status.incidents:
@@ -173,6 +174,18 @@ def _incidents_table(incidents: tuple[IncidentStatus, ...]) -> Table:
         came = incident_text(one) if one.closed_s is not None else "under way"
         table.add_row(str(one.number), one.cause, f"{came}\n{one.decision}" if one.decision else came)
     return table
+
+
+def ladder_text(status: JobStatus) -> str:
+    """What would follow a loss, in one line."""
+    rungs = []
+    for one in status.ladder:
+        speed = ""
+        if one.plan is not None and status.plan is not None and one.plan.step_s > 0 and status.plan.step_s > 0:
+            speed = f", {status.plan.step_s / one.plan.step_s:.2f}x the speed"
+        follows = "no legal plan" if one.plan is None else f"{plan_text(one.plan, one.nodes)}{speed}"
+        rungs.append(f"{one.losses} lost: {follows}")
+    return f"ready for losses: {'; '.join(rungs)}"
 
 
 def incident_text(one: IncidentStatus) -> str:

@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TypeAlias
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import NodeCapacity
 from orchestrator.planner.hardware import CATALOGUE, GIB, Device, Machine, find
+
+Signature: TypeAlias = "tuple[tuple[tuple[int, int], ...], int, Device, int]"
 
 _MOST_POOLS = 6
 _UNKNOWN = replace(CATALOGUE["a100"], name="unknown", memory_bytes=0)
@@ -47,6 +50,11 @@ class Pool:
         """The device and its links; nodes of several sizes count as those of the commonest."""
         size = max(self._sizes, key=lambda one: (one[1], one[0]))[0] if self._sizes else 1
         return Machine.of(self.device, size)
+
+    @property
+    def signature(self) -> Signature:
+        """The same for pools on which the same plans are legal and as fast, whichever nodes they are of."""
+        return tuple(sorted(self._sizes)), self.limit, self.device, self.memory_bytes
 
     @property
     def kinds(self) -> list[NodeCapacity]:

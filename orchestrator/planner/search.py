@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -19,7 +20,20 @@ from orchestrator.planner.judge import judge
 from orchestrator.planner.legality import legal
 from orchestrator.planner.outcome import Candidate, Infeasible, Planned
 from orchestrator.planner.pool import Pool, pools, usable
+from orchestrator.planner.ready import Ready
 from orchestrator.planner.space import KEPT, Space, candidates
+
+
+class Placed(Protocol):
+    """Something that runs, or could: a `Planned`, a generation."""
+
+    @property
+    def plan(self) -> Plan:
+        """Its plan."""
+
+    @property
+    def assignment(self) -> Assignment:
+        """Where its ranks are."""
 
 
 def plan(
@@ -28,32 +42,36 @@ def plan(
     previous: Plan | None = None,
     assignment: Assignment | None = None,
     calibration: Calibration | None = None,
+    ready: Ready | None = None,
 ) -> Planned | Infeasible:
     """The best legal plan of `spec` on the nodes of `capacity`, or why there is none.
 
     `previous` is the plan that ran last: its mesh is kept while nothing is clearly better. `assignment` is where it
-    ran: its nodes are preferred and keep their order. `calibration` is what was learnt from measured steps. The order
-    of `capacity` does not matter.
+    ran: its nodes are preferred and keep their order. `calibration` is what was learnt from measured steps; `ready`
+    keeps what was searched, for the same job only. The order of `capacity` does not matter.
     """
     nodes = usable(spec, capacity)
     hopeless = shortage.before_search(spec, nodes)
     if hopeless is not None:
         return hopeless
     search = _search(spec, pools(spec, nodes), calibration)
-    return _answer(search, nodes, search.ranked(Wish()), previous, assignment)
+    ranking = search.ranked(Wish()) if ready is None else ready.ranked(search)
+    return _answer(search, nodes, ranking, previous, assignment)
 
 
 def ladder(
     spec: JobSpec,
     capacity: Sequence[NodeCapacity],
-    planned: Planned,
+    planned: Placed,
     count: int,
     calibration: Calibration | None = None,
+    ready: Ready | None = None,
 ) -> tuple[Planned | Infeasible, ...]:
     """The plans after 1, 2 ... `count` of the nodes that `planned` uses are lost at once, its last ones first.
 
     Nodes of one kind are alike to the planner, so that a rung holds whichever of them are lost. Ends before the first
-    rung with no nodes left. Each rung is what `plan` answers, but most of the search is shared.
+    rung with no nodes left. Each rung is what `plan` answers, but most of the search is shared; with `ready` a later
+    `plan` on so many nodes needs none.
     """
     names = planned.assignment.names
     rungs: list[Planned | Infeasible] = []
@@ -66,14 +84,18 @@ def ladder(
             rungs.append(hopeless)
             continue
         search = _search(spec, pools(spec, nodes), calibration)
-        ranking = _above(search, below) if below else search.ranked(Wish())
+        ranking = (ready.find(search) if ready else None) or _above(search, below)
+        if ready is not None:
+            ready.keep(search, ranking)
         rungs.append(_answer(search, nodes, ranking, planned.plan, planned.assignment))
         below = search, ranking
     return tuple(reversed(rungs))
 
 
-def _above(search: Search, below: tuple[Search, Ranking]) -> Ranking:
+def _above(search: Search, below: tuple[Search, Ranking] | None) -> Ranking:
     """The ranking of `search`, given that of one with fewer nodes: only plans on more devices than that are new."""
+    if below is None:
+        return search.ranked(Wish())
     fewer, known = below
     alike = all(len(one.spaces) == 1 and one.spaces[0].pool.alike for one in (search, fewer))
     if not alike or search.spaces[0].pool.machine != fewer.spaces[0].pool.machine:

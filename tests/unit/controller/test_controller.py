@@ -287,3 +287,20 @@ async def test_a_recovery_is_measured(tmp_path: Path) -> None:
         assert 'regrow_steps_lost_total{job="gpt"} 3.0' in metrics
         assert 'regrow_failures_total{job="gpt",kind="transient"} 1.0' in metrics
         assert 'regrow_badput_seconds_total{cause="starting",job="gpt"}' in metrics
+
+
+async def test_plans_for_the_next_losses_are_ready_while_it_runs(tmp_path: Path) -> None:
+    async with running(Controller(MemoryJournal())) as controller:
+        await controller.submit(spec(tmp_path, min_nodes=2, max_nodes=3))
+        for name in ("node-1", "node-2", "node-3"):
+            await controller.report(node(name))
+        await until(lambda: controller.status("gpt").phase is Phase.STARTING)
+        assert controller.status("gpt").ladder == ()
+        for rank, name in enumerate(("node-1", "node-2", "node-3")):
+            await controller.report(node(name, launch(rank, 1)))
+        await until(lambda: controller.status("gpt").phase is Phase.RUNNING)
+        await until(lambda: bool(controller.status("gpt").ladder))
+        one, two, *more = controller.status("gpt").ladder
+        assert one.losses == 1 and one.nodes == 2 and one.plan is not None and one.plan.mesh.world_size == 2
+        assert two.losses == 2 and two.plan is None and "the job needs 2" in two.reason
+        assert all(rung.plan is None for rung in more)

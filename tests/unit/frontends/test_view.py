@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from orchestrator.core.status import FailureStatus, Health, Phase, Verdict
+from orchestrator.core.status import FailureStatus, Health, Phase, Rung, Verdict
 from orchestrator.frontends.view import Lines, Screen, render
 
-from .statuses import incident, node, status
+from .statuses import incident, node, plan, status
 
 
 def shown(one: object) -> str:
@@ -90,3 +90,16 @@ def test_the_live_screen_on_a_terminal() -> None:
     text = console.file.getvalue()
     assert "SUCCEEDED" in text
     assert "fault 'node-2@step=40' [x]" in text
+
+
+def test_a_running_job_tells_what_would_follow_a_loss() -> None:
+    running = replace(plan(dp_shard=2), step_s=1.0)
+    rungs = (
+        Rung(1, replace(plan(dp_shard=1), step_s=2.0), 1, "it fits"),
+        Rung(2, None, 0, "the job needs 1 node"),
+    )
+    seen = shown(render(status(step=5, plan=running, ladder=rungs)))
+    assert "ready for losses: 1 lost: 1 device on 1 node, 0.50x the speed; 2 lost: no legal plan" in " ".join(
+        seen.split()
+    )
+    assert "ready for losses" not in shown(render(status(step=5)))
