@@ -46,6 +46,9 @@ def _folders(files: Files) -> set[str]:
     common = {match[1] for name in names if (match := _COMMON_FILE.fullmatch(name))}
     # What `common.pt` says is missed when it is read: without it the folder is Megatron's by the file beside it.
     common |= {match[1] for name in names if (match := _DESCRIPTION_FILE.fullmatch(name)) and _is_ours(files, name)}
+    if TRACKER in names:  # which no plain DCP checkpoint has beside it
+        folders = {name[: -len(METADATA)] for name in names if name.endswith(f"/{METADATA}")}
+        common |= {folder for folder in folders if _iteration(folder) is not None}
     return ranks | {folder for folder in common if folder + METADATA in names}
 
 

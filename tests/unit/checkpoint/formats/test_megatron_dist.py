@@ -122,3 +122,12 @@ def test_without_its_common_file_it_is_not_taken_for_a_plain_distributed_checkpo
     for place in (tmp_path, folder):
         with pytest.raises(CorruptCheckpoint, match=r"iter_0000100/common\.pt is corrupt: it is missing"):
             open_checkpoint(place)
+
+
+def test_the_file_that_names_the_last_iteration_says_whose_it_is(tmp_path: Path) -> None:
+    folder = write(DistJob(Model(layers=2)), tmp_path)
+    (folder / "common.pt").unlink()
+    (folder / "metadata.json").write_bytes(b"")
+    with pytest.raises(CorruptCheckpoint, match=r"iter_0000100/common\.pt is corrupt: it is missing"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(folder).source == "dcp", "by itself it is a plain distributed checkpoint"
