@@ -67,14 +67,18 @@ class BatchSplit:
     """How the samples of one global batch are divided; invariant: `sum(samples) == global_batch`.
 
     Replica `r` consumes `samples[r]` samples per step in `micro_batches` micro-batches of at most `micro_batch`. All
-    replicas run the same number of micro-batches, so that their collectives pair up; what a replica lacks to fill them
-    is padding of weight zero.
+    replicas run the same number of micro-batches, so that their collectives pair up; one with fewer samples runs
+    smaller ones, and what it lacks to fill them is padding of weight zero.
     """
 
     global_batch: int
     micro_batch: int
     micro_batches: int
     samples: tuple[int, ...]
+
+    def rows(self, replica: int) -> int:
+        """Rows of each of the replica's micro-batches, padding included; at least 1."""
+        return max(1, -(-self.samples[replica] // self.micro_batches))
 
     def offset(self, replica: int) -> int:
         """Position of the replica's first sample inside the global batch."""

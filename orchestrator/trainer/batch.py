@@ -1,9 +1,9 @@
 """One step's share of the global batch, cut into equal micro-batches, with the weights that make its gradient exact.
 
-Data-parallel replica `r` of `R` consumes `samples[r]` of the `G` samples of a global batch; replicas may differ by a
-few samples. Every replica runs the same number of micro-batches of the same size, so that collectives pair up; rows it
-lacks are padding of weight zero. With per-sample losses `l_i` and weights `w_i` (1, or 0 for padding) a replica calls
-backward on
+Data-parallel replica `r` of `R` consumes `samples[r]` of the `G` samples of a global batch; replicas may differ, slow
+ones by many samples. Every replica runs the same number of micro-batches, so that collectives pair up, each as large as
+its own samples need; rows it lacks are padding of weight zero. With per-sample losses `l_i` and weights `w_i` (1, or 0
+for padding) a replica calls backward on
 
     loss = sum_i w_i * l_i * R / G        (`MicroBatch.loss`)
 

@@ -198,7 +198,7 @@ class Session:
             scale=self.loss_scale,
             dataset=dataset,
             device=self.device,
-            micro_batch=split.micro_batch,
+            micro_batch=split.rows(self.replica),
             micro_batch_count=split.micro_batches,
             padding=sampler.samples(self.completed, 0, 1)[0],
             collate=collate,

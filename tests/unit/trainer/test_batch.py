@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import InvalidInput
+from orchestrator.core.types import BatchSplit
 from orchestrator.trainer.batch import Batch, stack
 
 CPU = torch.device("cpu")
@@ -77,3 +78,13 @@ def test_collation_follows_the_structure_of_a_sample() -> None:
     collated = stack(samples)
     assert collated["x"].tolist() == [[0], [1]]
     assert [part.tolist() for part in collated["y"]] == [[0, 1], [0.0, 1.0]]
+
+
+def test_a_replica_with_fewer_samples_runs_smaller_micro_batches() -> None:
+    """As a slow node's does: the others wait for it at each of them."""
+    split = BatchSplit(16, 4, 3, (10, 5, 1, 0))
+    assert [split.rows(replica) for replica in range(4)] == [4, 2, 1, 1]
+    for replica, samples in enumerate(split.samples):
+        batch = make(tuple(range(samples)), micro=split.rows(replica), count=split.micro_batches)
+        assert [len(micro.samples) for micro in batch.micro_batches()] == [split.rows(replica)] * 3
+        assert sum(micro.weights.sum().item() for micro in batch.micro_batches()) == samples
