@@ -1,4 +1,4 @@
-"""Ranks -> nodes: `tp` groups inside a node where the nodes allow it, survivors of the previous assignment first."""
+"""Ranks -> nodes: `tp` groups inside a node where the nodes allow it, fast nodes first, then those used before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def assign(pool: Pool, mesh: Mesh, min_nodes: int, previous: Assignment | None) 
     rank_of = {name: position for position, name in enumerate(previous.names)} if previous else {}
 
     def seniority(node: NodeCapacity) -> tuple[object, ...]:
-        return (rank_of.get(node.node, len(rank_of)), natural(node.node))
+        return (-pool.speed_of(node.node), rank_of.get(node.node, len(rank_of)), natural(node.node))
 
     world = mesh.world_size
     roomy = sum(node.devices >= mesh.tp for node in pool.nodes)

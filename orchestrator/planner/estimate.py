@@ -9,6 +9,7 @@ import numpy as np
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import BatchSplit, Mesh, Plan, Recomputation
+from orchestrator.planner import shares
 from orchestrator.planner.batch import split
 from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates
 from orchestrator.planner.judge import Judge
@@ -89,7 +90,7 @@ class _Terms:
         return Estimate(
             pool=self._pool,
             mesh=mesh,
-            batch=split(spec.global_batch, mesh.dp_degree, int(plans.micro_batch[at])),
+            batch=self._batch(mesh, at),
             recomputation=RECOMPUTATIONS[int(plans.recomputation[at])],
             interleave=int(plans.interleave[at]),
             zero=int(plans.zero[at]),
@@ -100,3 +101,11 @@ class _Terms:
             tokens_per_s=tokens_per_s,
             mfu=self._judge.utilisation(tokens_per_s / mesh.world_size),
         )
+
+    def _batch(self, mesh: Mesh, at: int) -> BatchSplit:
+        batch, micro_batch = self._spec.global_batch, int(self._plans.micro_batch[at])
+        if not self._pool.mixed:
+            return split(batch, mesh.dp_degree, micro_batch)
+        counts = shares.replicas_of(self._pool, self._plans.take(slice(at, at + 1)))[:, 0]
+        speeds = [speed for speed, count in zip(self._pool.speeds, counts, strict=True) for _ in range(count)]
+        return shares.split(batch, speeds[::-1], micro_batch, mesh.pp if self._plans.interleave[at] > 1 else 1)

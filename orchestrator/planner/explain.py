@@ -62,6 +62,8 @@ def why(
 ) -> str:
     """The reason of the plan: what it is, what stood in the way of more, how it compares with the next best."""
     parts = [layout(taken), *choice.relaxed]
+    if taken.pool.mixed and max(taken.batch.samples) > min(taken.batch.samples) + 1:
+        parts.append(f"nodes of {len(taken.pool.speeds)} speeds get as many samples as they compute in the same time")
     idle = taken.pool.devices - taken.mesh.world_size
     tensor = next((tp for tp in legal.tp if tp > 1 and taken.pool.devices % tp), None)
     if taken.mesh.tp == 1 and tensor and "tp" in spec.parallelism and not choice.relaxed:

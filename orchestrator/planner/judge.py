@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Any, Protocol
 
 import numpy as np
 
 from orchestrator.core.spec import JobSpec, ModelSpec
+from orchestrator.planner import shares
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.candidates import Candidates, Floats
 from orchestrator.planner.cost import time_terms
@@ -18,6 +19,9 @@ from orchestrator.planner.memory import USABLE, memory_terms
 from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.pool import Pool
 from orchestrator.planner.transformer import model_flops
+
+COMPUTING = ("compute", "recompute", "bubble")
+"""Terms of time that a faster device makes shorter."""
 
 
 class Judge(Protocol):
@@ -54,7 +58,8 @@ def judge(spec: JobSpec, pool: Pool, calibration: Calibration | None = None) -> 
     if spec.model is None:
         return Undescribed()
     limit = pool.memory_bytes * USABLE if pool.memory_bytes else inf
-    return Described(spec.model, pool.machine, limit, calibration)
+    alike = Described(spec.model, pool.machine, limit, calibration)
+    return Mixed(alike, pool, spec.global_batch) if pool.mixed else alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,61 @@ class Described:
     def utilisation(self, tokens_per_device_s: float) -> float:
         """See `Judge`."""
         return tokens_per_device_s * model_flops(self.model) / self.machine.device.peak_flops_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """On nodes of several speeds, which get unequal shares of the batch (see `shares`)."""
+
+    alike: Described
+    """As if all were as fast as the slowest."""
+    pool: Pool
+    batch: int
+
+    @property
+    def limit_bytes(self) -> float:
+        """See `Judge`."""
+        return self.alike.limit_bytes
+
+    def memory(self, plans: Candidates) -> Floats:
+        """See `Judge`."""
+        return self.alike.memory(self._shared(plans)[0])
+
+    def seconds(self, plans: Candidates) -> Floats:
+        """See `Judge`."""
+        return np.asarray(sum(self.where_seconds(plans).values()))
+
+    def at_least(self, plans: Candidates) -> Floats:
+        """See `Judge`. With the fewest samples that an equal share may be, and all as fast as the fastest."""
+        number, most, fastest = plans.micro_batches, plans.micro_batch, self.pool.speeds[-1]
+        few = np.maximum(1.0, (most - 1) / fastest - 1) / most  # of one micro-batch, which may hold more than a share
+        filled = np.where(number > 1, (number - 1) / number, few)
+        terms = self.alike.where_seconds(plans)
+        computing = np.asarray(sum(terms[name] for name in COMPUTING))
+        return self.alike.at_least(plans) - computing * (1 - filled / fastest)
+
+    def least_memory(self, plans: Candidates) -> Floats:
+        """See `Judge`."""
+        return self.alike.memory(plans)
+
+    def where_seconds(self, plans: Candidates) -> Mapping[str, Floats]:
+        """See `Judge`."""
+        plans, relative = self._shared(plans)
+        terms = self.alike.where_seconds(plans)
+        return {name: seconds * relative if name in COMPUTING else seconds for name, seconds in terms.items()}
+
+    def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
+        """See `Judge`."""
+        return self.alike.where_memory(self._shared(plans)[0])
+
+    def utilisation(self, tokens_per_device_s: float) -> float:
+        """See `Judge`; of the slowest devices' peak."""
+        return self.alike.utilisation(tokens_per_device_s)
+
+    def _shared(self, plans: Candidates) -> tuple[Candidates, Floats]:
+        """The plans with as many micro-batches as their shares take, and the time of one relative to equal shares."""
+        found = shares.of_plans(self.pool, self.batch, plans)
+        return replace(plans, micro_batches=found.micro_batches), found.relative
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""Which nodes a plan may draw on together: the same collective backend, as fast as the slowest of them."""
+"""Which nodes a plan may draw on together: the same collective backend, and how fast each of them is."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TypeAlias
@@ -14,7 +14,7 @@ from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import NodeCapacity
 from orchestrator.planner.hardware import CATALOGUE, GIB, Device, Machine, find
 
-Signature: TypeAlias = "tuple[tuple[tuple[int, int], ...], int, Device, int]"
+Signature: TypeAlias = "tuple[tuple[tuple[int, int], ...], int, Device, int, tuple[tuple[float, int], ...]]"
 
 _MOST_POOLS = 6
 _UNKNOWN = replace(CATALOGUE["a100"], name="unknown", memory_bytes=0)
@@ -32,6 +32,8 @@ class Pool:
     """The slowest of them."""
     memory_bytes: int
     """The smallest that is known; 0 when none is."""
+    faster: Mapping[str, float] = field(default_factory=dict, repr=False)
+    """Nodes that are faster than the slowest -> how many times."""
     _sizes: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     """(devices, number of nodes that have so many)."""
     _aligned: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -51,10 +53,32 @@ class Pool:
         size = max(self._sizes, key=lambda one: (one[1], one[0]))[0] if self._sizes else 1
         return Machine.of(self.device, size)
 
+    def speed_of(self, node: str) -> float:
+        """How many times as fast as the slowest, in steps of a twentieth."""
+        return self.faster.get(node, 1.0)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its nodes are of several speeds."""
+        return bool(self.faster)
+
+    @property
+    def devices_by_speed(self) -> tuple[tuple[float, int], ...]:
+        """(speed, devices that have it), the slowest first."""
+        counts: Counter[float] = Counter()
+        for node in self.nodes:
+            counts[self.speed_of(node.node)] += node.devices
+        return tuple(sorted(counts.items()))
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Each speed once, the slowest first."""
+        return tuple(speed for speed, _ in self.devices_by_speed)
+
     @property
     def signature(self) -> Signature:
         """The same for pools on which the same plans are legal and as fast, whichever nodes they are of."""
-        return tuple(sorted(self._sizes)), self.limit, self.device, self.memory_bytes
+        return tuple(sorted(self._sizes)), self.limit, self.device, self.memory_bytes, self.devices_by_speed
 
     @property
     def kinds(self) -> list[NodeCapacity]:
@@ -125,8 +149,15 @@ def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
             slowest = min({_throttled(device, node.speed) for node, device in kept}, key=_slowness)
             memory = min(_memory(node, device) for node, device in kept)
             known = 0 if memory == math.inf else int(memory)
-            found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, known))
+            faster = {node.node: _times(_throttled(device, node.speed), slowest) for node, device in kept}
+            faster = {name: times for name, times in faster.items() if times > 1}
+            found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, known, faster))
     return found
+
+
+def _times(device: Device, slowest: Device) -> float:
+    """How many times as fast, rounded down to a twentieth so that there are few speeds."""
+    return math.floor(device.flops_per_s / slowest.flops_per_s * 20 + 1e-6) / 20
 
 
 def _kind(node: NodeCapacity) -> tuple[str, int, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import Assignment, Mesh, NodeCapacity, Plan
-from orchestrator.planner import shortage
+from orchestrator.planner import shares, shortage
 from orchestrator.planner.assign import assign
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.choose import Choice, Search, choose
@@ -138,16 +139,28 @@ def _planned(
     taken, *listed = estimates(spec, found, search.judges, rows)
     others = [one for one in listed if one.mesh != taken.mesh][:LISTED]
     sizes = search.spaces[int(choice.row["pool"][0])].sizes
+    assigned = assign(taken.pool, taken.mesh, spec.min_nodes, assignment)
+    taken = _where_assigned(spec, choice, taken, assigned)
     reason = why(spec, choice, taken, others, sizes, sum(node.devices for node in nodes))
     chosen = taken.candidate(reason)
     return Planned(
         plan=chosen.plan,
-        assignment=assign(taken.pool, taken.mesh, spec.min_nodes, assignment),
+        assignment=assigned,
         chosen=chosen,
         alternatives=tuple(_alternative(one, taken) for one in others),
         rejected=sizes.rejected,
         weighed=ranking.weighed,
     )
+
+
+def _where_assigned(spec: JobSpec, choice: Choice, taken: Estimate, assigned: Assignment) -> Estimate:
+    """With the shares of the replicas as their ranks lie on nodes of several speeds."""
+    if not taken.pool.mixed:
+        return taken
+    speeds = shares.replica_speeds(taken.mesh, assigned, taken.pool)
+    multiple = taken.mesh.pp if taken.interleave > 1 else 1
+    batch = shares.split(spec.global_batch, speeds, int(choice.row["micro_batch"][0]), multiple)
+    return replace(taken, batch=batch)
 
 
 def _alternative(one: Estimate, taken: Estimate) -> Candidate:

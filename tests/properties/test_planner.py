@@ -82,10 +82,15 @@ def check(spec: JobSpec, capacity: list[NodeCapacity], answer: Planned) -> None:
     assert sum(batch.samples) == batch.global_batch == spec.global_batch
     assert len(batch.samples) == mesh.dp_degree
     assert min(batch.samples) >= 1
-    assert max(batch.samples) - min(batch.samples) <= 1
+    by_kind = {node.node: node.kind for node in capacity}
+    alike = len({by_kind[name] for name in answer.assignment.names}) == 1  # else the faster ones get more
+    if alike:
+        assert max(batch.samples) - min(batch.samples) <= 1
     assert batch.micro_batch * batch.micro_batches >= max(batch.samples)
     assert batch.micro_batch * (batch.micro_batches - 1) < max(batch.samples)  # no micro-batch of padding alone
-    if spec.micro_batch is not None:
+    if spec.micro_batch is not None and not alike:
+        assert batch.micro_batch <= spec.micro_batch
+    elif spec.micro_batch is not None:
         assert batch.micro_batch == min(spec.micro_batch, max(batch.samples))
     elif mesh.pp > 1:
         assert batch.micro_batches >= min(mesh.pp, max(batch.samples))
@@ -158,7 +163,8 @@ def test_replanning_after_losing_nodes_keeps_every_promise(
         check(spec, left, after)
         kept = [name for name in after.assignment.names if before.assignment.of(name)]
         order = [name for name in before.assignment.names if name in kept]
-        assert kept == order == list(after.assignment.names[: len(kept)])
+        if len({node.kind for node in capacity}) == 1:  # else the fastest come first
+            assert kept == order == list(after.assignment.names[: len(kept)])
     same = plan(spec, capacity, before.plan, before.assignment)
     assert isinstance(same, Planned)
     assert same.plan.mesh == before.plan.mesh
