@@ -16,6 +16,7 @@ compare checksums, read every tensor, and now and then convert. What may come of
    - ZeRO-3's model files of ranks above 0 may be missing, as DeepSpeed itself sometimes leaves them out; Megatron's
      torch_dist without both files that say that it is one is a plain DCP checkpoint, and without any optimizer's file
      one that was saved without;
+   - a state of DeepSpeed's universal form whose files are gone for a whole group of parameters was never there;
    - one more model file in DeepSpeed's universal form makes what is not trained pieces of unknown ranks, which are left
      out and named in a note;
    - whoever attacks on purpose writes matching checksums, and may then say what he likes of the values.
@@ -300,6 +301,8 @@ def check_tensors(entry: Entry, files: Files, found: Outcome, attacked: bool) ->
     if read_in_part(entry, files, found):
         assert all(held == entry.tensors.get(name) for name, held in found.tensors.items())
         return
+    if lost_by_groups(entry, found):
+        return
     if not entry.raw:
         owners = exchanged(entry, files, touched)
         assert owners, f"wrong and unnoticed: {different(entry, found)}"
@@ -314,6 +317,19 @@ def read_in_part(entry: Entry, files: Files, found: Outcome) -> bool:
     """Whether it has one rank's model file more, and the notes say what is left out for that."""
     more = entry.name.startswith("deepspeed-universal") and any(map(entry.alike, files.keys() - entry.files.keys()))
     return more and "left out" in " ".join(found.notes)
+
+
+def lost_by_groups(entry: Entry, found: Outcome) -> bool:
+    """Whether all there is differs by nothing but a state that no parameter of a group has any more."""
+    tensors = found.tensors or {}
+    lost = entry.tensors.keys() - tensors.keys()
+    if not entry.name.startswith("deepspeed-universal") or found.said[:-1] != entry.said[:-1] or not lost:
+        return False
+    groups = [set(group["params"]) for group in found.said[1]["param_groups"]]
+    states = {name.rpartition(".")[2] for name in lost}
+    gone = {state: {name.rpartition(".")[0] for name in lost if name.endswith(f".{state}")} for state in states}
+    whole = all(names == set().union(*(group for group in groups if group & names)) for names in gone.values())
+    return whole and all(held == entry.tensors[name] for name, held in tensors.items())
 
 
 def exchanged(entry: Entry, files: Files, touched: set[str]) -> dict[str, str]:
