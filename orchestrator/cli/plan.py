@@ -41,7 +41,7 @@ def plan(
     from orchestrator.cli.plan_tables import show, show_ladder
 
     spec = jobfile.load(job)
-    capacity = _capacity(nodes)
+    capacity = capacity_of(nodes)
     found = _found(planner.plan(spec, capacity))
     rounds = [("at first", found)]
     for text in lose or []:
@@ -61,7 +61,8 @@ def plan(
         show_ladder(console, found, rungs)
 
 
-def _capacity(text: str) -> list[NodeCapacity]:
+def capacity_of(text: str) -> list[NodeCapacity]:
+    """The nodes that `7x8:h100,1x4:a100` stands for, called node-0 and so on; raises `InvalidInput`."""
     from orchestrator.core.types import NodeCapacity
     from orchestrator.planner.hardware import CATALOGUE, find
 

@@ -14,6 +14,7 @@ from orchestrator.cli.plan import plan
 from orchestrator.cli.remote import drain, save, status, stop, submit, undrain
 from orchestrator.cli.run import run
 from orchestrator.cli.serve import serve
+from orchestrator.cli.simulate import simulate
 from orchestrator.core.errors import InvalidInput, RegrowError
 
 EXIT_CODES = (
@@ -22,7 +23,7 @@ EXIT_CODES = (
     "7 the job FAILED; 8 losses or samples differ (run --compare); 130 or 143 ended by SIGINT or SIGTERM."
 )
 
-COMMANDS = (run, serve, agent, submit, status, drain, undrain, save, stop, plan)
+COMMANDS = (run, serve, agent, submit, status, drain, undrain, save, stop, plan, simulate)
 
 
 def create_app() -> App:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.core.spec import JobSpec
-from orchestrator.core.types import NodeCapacity
+from orchestrator.core.types import NodeCapacity, NodeReport
 
 FLAP_WINDOW_S = 3600.0
 """Losses longer ago than this no longer count against a node."""
@@ -19,9 +19,8 @@ class Candidate:
     """A node that is HEALTHY and not drained."""
 
     node: str
-    devices: int
-    memory_bytes: int
-    kind: str
+    offer: NodeCapacity
+    """What the planner is told of it."""
     joined_s: float
     """When it last became usable."""
     losses: tuple[float, ...]
@@ -50,13 +49,16 @@ def choose(candidates: list[Candidate], spec: JobSpec, now_s: float, keep: tuple
 
     At most `spec.max_nodes`: those of the last assignment (`keep`) first, then by name.
     """
-    steady = [one for one in candidates if now_s - one.joined_s >= hold_s(one, spec.recovery.settle_s, now_s)]
+    settle_s = spec.recovery.settle_s
+    steady = [one for one in candidates if not one.losses or now_s - one.joined_s >= hold_s(one, settle_s, now_s)]
     pool = steady if len(steady) >= spec.min_nodes else candidates
-    ranked = sorted(pool, key=lambda one: (one.node not in keep, one.node))[: spec.max_nodes]
-    return tuple(to_capacity(one, spec) for one in sorted(ranked, key=lambda one: one.node))
+    if len(pool) > spec.max_nodes:
+        kept = frozenset(keep)
+        pool = sorted(pool, key=lambda one: (one.node not in kept, one.node))[: spec.max_nodes]
+    return tuple(one.offer for one in sorted(pool, key=lambda one: one.node))
 
 
-def to_capacity(candidate: Candidate, spec: JobSpec) -> NodeCapacity:
-    """What the planner is told of the node: at most `spec.devices_per_node` of its devices."""
-    wanted = candidate.devices if spec.devices_per_node is None else min(candidate.devices, spec.devices_per_node)
-    return NodeCapacity(candidate.node, wanted, candidate.memory_bytes, spec.device_kind or candidate.kind)
+def offer(report: NodeReport, spec: JobSpec) -> NodeCapacity:
+    """What the planner is told of a node: at most `spec.devices_per_node` of its devices."""
+    wanted = report.devices if spec.devices_per_node is None else min(report.devices, spec.devices_per_node)
+    return NodeCapacity(report.node, wanted, report.device_memory_bytes, spec.device_kind or report.device_kind)

@@ -20,6 +20,25 @@ class NodeReported:
 
 
 @dataclass(frozen=True, slots=True)
+class NodesReported:
+    """Heartbeats of many nodes that arrived together: what they say is looked at once."""
+
+    time_s: float
+    reports: tuple[NodeReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatsArrived:
+    """Every connected node but the `silent` ones has said again what it said last, just now.
+
+    For a host in virtual time, which passes over hours in which nothing happens.
+    """
+
+    time_s: float
+    silent: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class NodeDisconnected:
     """The connection of that start of the agent was closed."""
 
@@ -82,6 +101,8 @@ class CheckpointCommitted:
     step: int
     path: str
     size_bytes: int
+    cost_s: tuple[float, float] | None = None
+    """(Stall, write) seconds, where the host knows them and no parts were reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +148,8 @@ class SaveOrdered:
 
 Event = (
     NodeReported
+    | NodesReported
+    | HeartbeatsArrived
     | NodeDisconnected
     | Tick
     | PlanMade

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from orchestrator.core.capacity import Candidate
 from orchestrator.core.types import ENDED, AssignedNode, LaunchReport, LaunchState, NodeReport, WorkerReport
 
 STEP_SAMPLES = 20
@@ -27,6 +28,8 @@ class Node:
     """Highest generation that this start of its agent has reported."""
     restarted: bool = False
     """Its agent started anew while a generation that it was part of was live."""
+    candidate: Candidate | None = None
+    """What may be planned with, as it was made last; None when it has to be made anew."""
 
     def launch_of(self, generation: int) -> LaunchReport | None:
         """What it last said about that generation; None when it does not run it."""
@@ -69,10 +72,14 @@ class Fleet:
     """All nodes that have been heard of or are expected."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
+    _ordered: list[Node] = field(default_factory=list)
 
     def expect(self, name: str, now_s: float) -> Node:
         """The node of that name; a placeholder when it has not reported yet."""
-        return self.nodes.setdefault(name, Node(name, heard_s=now_s, joined_s=now_s))
+        node = self.nodes.get(name)
+        if node is None:
+            node = self.nodes[name] = Node(name, heard_s=now_s, joined_s=now_s)
+        return node
 
     def observe(self, report: NodeReport, now_s: float, live_generation: int | None) -> Node:
         """Take in a heartbeat. `live_generation`: the one the node is part of, if it is part of one."""
@@ -81,10 +88,24 @@ class Fleet:
         if before is None or before.instance != report.instance:
             node.restarted = before is not None and live_generation is not None and node.launched >= live_generation
             node.joined_s, node.launched = now_s, 0
+        if before is None or _device(before) != _device(report):
+            node.candidate = None
         node.report, node.connected, node.heard_s, node.suspect_since_s = report, True, now_s, None
         if report.launch is not None:
             node.launched = max(node.launched, report.launch.generation)
         return node
+
+    def in_order(self) -> list[Node]:
+        """All nodes by name."""
+        if len(self._ordered) != len(self.nodes):
+            self._ordered = sorted(self.nodes.values(), key=lambda one: one.name)
+        return self._ordered
+
+    def hear(self, silent: frozenset[str], now_s: float) -> None:
+        """All connected nodes but the `silent` ones have said again what they said last."""
+        for node in self.nodes.values():
+            if node.connected and node.name not in silent:
+                node.heard_s = now_s
 
     def disconnect(self, name: str, instance: str, now_s: float) -> None:
         """The connection of that start of the agent is closed; another start's is not."""
@@ -95,6 +116,10 @@ class Fleet:
     def launches(self, assignment: Iterator[AssignedNode], generation: int) -> list[tuple[Node, LaunchReport | None]]:
         """What each assigned node says about the generation."""
         return [(self.nodes[part.node], self.nodes[part.node].launch_of(generation)) for part in assignment]
+
+
+def _device(report: NodeReport) -> tuple[object, ...]:
+    return report.instance, report.devices, report.device_memory_bytes, report.device_kind, report.warm
 
 
 def workers(launches: list[tuple[Node, LaunchReport | None]]) -> list[tuple[Node, WorkerReport]]:

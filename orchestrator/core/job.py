@@ -8,7 +8,7 @@ most a few transitions. What must survive a restart becomes a fact (`Record`); `
 
 from __future__ import annotations
 
-from orchestrator.core import capacity, policy, rates
+from orchestrator.core import capacity, interval, policy, rates
 from orchestrator.core.commands import (
     Command,
     FenceCheckpoints,
@@ -23,8 +23,10 @@ from orchestrator.core.events import (
     CommitFailed,
     DrainOrdered,
     Event,
+    HeartbeatsArrived,
     NodeDisconnected,
     NodeReported,
+    NodesReported,
     PlanImpossible,
     PlanMade,
     SaveOrdered,
@@ -83,6 +85,12 @@ class Job(LiveJob):
         match event:
             case NodeReported():
                 return self._observe_report(event.report)
+            case NodesReported():
+                matters = [self._observe_report(report) for report in event.reports]
+                return any(matters)
+            case HeartbeatsArrived():
+                self.fleet.hear(event.silent, self.now_s)
+                return False
             case NodeDisconnected():
                 self.fleet.disconnect(event.node, event.instance, self.now_s)
             case PlanMade() | PlanImpossible():
@@ -116,7 +124,8 @@ class Job(LiveJob):
         self.fleet.observe(report, self.now_s, history.number if assigned else None)
         if report.node in history.lost:
             self._record(NodeReturned(self.now_s, report.node))
-            self.fleet.nodes[report.node].joined_s = self.now_s
+            node = self.fleet.nodes[report.node]
+            node.joined_s, node.candidate = self.now_s, None
         launch = report.launch
         if not history.generation or launch is None or launch.generation != history.number:
             return True
@@ -166,6 +175,8 @@ class Job(LiveJob):
             return
         committed = isinstance(event, CheckpointCommitted)
         self.saves.settle(event.step, committed=committed)
+        if isinstance(event, CheckpointCommitted) and event.cost_s is not None:
+            self._save_costs = [*self._save_costs, event.cost_s][-interval.REMEMBERED :]
         if isinstance(event, CheckpointCommitted) and event.step > history.newest_step:
             self._record(
                 CheckpointRecorded(self.now_s, event.generation, event.step, event.path, event.size_bytes),

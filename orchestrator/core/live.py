@@ -26,6 +26,9 @@ from orchestrator.core.types import (
     WorkerState,
 )
 
+_DONE = LaunchState.SUCCEEDED
+_BROKEN = frozenset({LaunchState.FAILED, LaunchState.STOPPED})
+
 
 class LiveJob(JobState):
     """STARTING, RUNNING and STOPPING."""
@@ -47,15 +50,19 @@ class LiveJob(JobState):
             self._watch_wishes()
 
     def _watch_failures(self, launches: list[tuple[Node, LaunchReport | None]]) -> bool:
-        done = {node.name for node, launch in launches if launch and launch.state is LaunchState.SUCCEEDED}
-        gone = {node.name: self._why_gone(node) for node, _ in launches if node.name not in done}
-        lost = {name: reason for name, reason in gone.items() if reason is not None}
+        history = self.history
+        doubtful = [
+            node
+            for node, launch in launches
+            if launch is None or ((node.restarted or node.name in history.lost) and launch.state is not _DONE)
+        ]
+        lost = {node.name: reason for node in doubtful if (reason := self._why_gone(node)) is not None}
         if lost:
             suspected = [self.fleet.nodes[name].suspect_since_s or self.now_s for name in lost]
             cause = root_cause([], lost)
             self._fail(cause.text, FailureClass.HARDWARE, since_s=min(suspected))
             return True
-        if any(launch and launch.state in {LaunchState.FAILED, LaunchState.STOPPED} for _, launch in launches):
+        if any(launch is not None and launch.state in _BROKEN for _, launch in launches):
             cause = self._root_cause()
             raised_s = cause.error.time_s if cause.error else self.now_s
             self._fail(cause.text, cause.kind, detect_s=max(0.0, min(60.0, self.now_s - raised_s)))
@@ -120,16 +127,20 @@ class LiveJob(JobState):
         if drained:
             self._change(f"{', '.join(drained)} drained by order")
             return
+        if self._planning is not None or not any(
+            node.connected and name not in self._assigned for name, node in self.fleet.nodes.items()
+        ):
+            return  # nobody could join
         candidates = self._candidates()
         settle_s = spec.recovery.settle_s
-        staying = [one for one in candidates if one.node in current]
+        staying = [one for one in candidates if one.node in self._assigned]
         joining = [
-            one for one in candidates if one.node not in current and capacity.settled(one, settle_s, self.now_s)
+            one for one in candidates if one.node not in self._assigned and capacity.settled(one, settle_s, self.now_s)
         ][: max(0, spec.max_nodes - len(current))]
-        if not joining or len(staying) < len(current) or self._planning is not None:
+        if not joining or len(staying) < len(current):
             return
         chosen = sorted([*staying, *joining], key=lambda one: one.node)
-        nodes = tuple(capacity.to_capacity(one, spec) for one in chosen)
+        nodes = tuple(one.offer for one in chosen)
         if self._declined is None or self._declined[0] != nodes:
             self._ask_for_plan(nodes, growing=True)
 

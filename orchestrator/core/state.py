@@ -21,7 +21,7 @@ from orchestrator.core.facts import (
     StageBegan,
 )
 from orchestrator.core.fleet import Fleet, Node, StepClock
-from orchestrator.core.health import Signals, verdict
+from orchestrator.core.health import SILENT_HEARTBEATS, Signals, verdict
 from orchestrator.core.history import History
 from orchestrator.core.saves import Saves
 from orchestrator.core.status import Health, Phase, Verdict
@@ -32,6 +32,7 @@ from orchestrator.core.types import (
     LaunchReport,
     LaunchState,
     NodeCapacity,
+    NodeReport,
     Plan,
 )
 
@@ -62,6 +63,9 @@ class JobState:
         """Nodes of the live generation whose workers have failed."""
         self._save_costs: list[tuple[float, float]] = []
         """(Stall, write) seconds of the last saves of this controller's time."""
+        recovery = history.spec.recovery
+        self._quiet_s = min(SILENT_HEARTBEATS * recovery.heartbeat_s, recovery.lost_after_s)
+        """Silence of a node that nothing is thought of."""
         self._commands: list[Command] = []
         self._requests = 0
         self._planning: MakePlan | None = None
@@ -152,11 +156,20 @@ class JobState:
     def _judge_nodes(self) -> None:
         self._failed = self._failed_nodes()
         for node in self.fleet.nodes.values():
+            if self._plainly_healthy(node):
+                continue
             judged = self.verdict(node)
             if judged.health is Health.LOST and node.name not in self.history.lost:
                 if node.report is None and node.name not in self._assigned:
                     continue
                 self._record(NodeLost(self.now_s, node.name, judged.reason))
+                node.candidate = None
+
+    def _plainly_healthy(self, node: Node) -> bool:
+        """What nearly all nodes are, at a glance: `verdict` says HEALTHY of these, too."""
+        return (
+            node.connected is True and self.now_s - node.heard_s < self._quiet_s and node.name not in self.history.lost
+        )
 
     def _failed_nodes(self) -> frozenset[str]:
         """Nodes of the live generation whose workers have failed."""
@@ -190,23 +203,23 @@ class JobState:
 
     def _candidates(self) -> list[capacity.Candidate]:
         """Nodes that are HEALTHY and not drained, by name; notes when the set changed."""
-        found = []
-        for node in sorted(self.fleet.nodes.values(), key=lambda one: one.name):
-            report = node.report
-            if report is None or node.name in self.history.drained or report.devices < 1:
+        found, drained = [], self.history.drained
+        for node in self.fleet.in_order():
+            if node.report is None or node.report.devices < 1 or (drained and node.name in drained):
                 continue
-            if node.connected and self.verdict(node).health is Health.HEALTHY:
-                losses = tuple(self.history.losses.get(node.name, ()))
-                kind, memory_bytes = report.device_kind, report.device_memory_bytes
-                found.append(
-                    capacity.Candidate(
-                        node.name, report.devices, memory_bytes, kind, node.joined_s, losses, report.warm
-                    )
-                )
+            if self._plainly_healthy(node) or (node.connected and self.verdict(node).health is Health.HEALTHY):
+                found.append(node.candidate or self._candidate(node, node.report))
         names = tuple(one.node for one in found)
         if names != self._usable_names:
             self._usable_names, self._quiet_since_s = names, self.now_s
         return found
+
+    def _candidate(self, node: Node, report: NodeReport) -> capacity.Candidate:
+        """Kept with the node until it says something else of itself, is lost, or returns."""
+        losses = tuple(self.history.losses.get(node.name, ()))
+        offer = capacity.offer(report, self.history.spec)
+        node.candidate = capacity.Candidate(node.name, offer, node.joined_s, losses, report.warm)
+        return node.candidate
 
     def _launches(self) -> list[tuple[Node, LaunchReport | None]]:
         generation = self.history.generation

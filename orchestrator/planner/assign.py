@@ -17,12 +17,13 @@ def assign(pool: Pool, mesh: Mesh, min_nodes: int, previous: Assignment | None) 
     roomy = sum(node.devices >= mesh.tp for node in pool.nodes)
     whole = pool.aligned(mesh.tp) >= world and min(roomy, world // mesh.tp) >= min_nodes
     unit = mesh.tp if whole else 1
-    ordered = sorted(pool.nodes, key=lambda node: (-(node.devices // unit), seniority(node)))[: pool.limit]
+    senior = {node.node: seniority(node) for node in pool.nodes}
+    ordered = sorted(pool.nodes, key=lambda node: (-(node.devices // unit), senior[node.node]))[: pool.limit]
     shares = _fill(ordered, world, unit)
     if len(shares) < min_nodes:
         shares = _spread(ordered[:min_nodes], world, unit)
     nodes, first = [], 0
-    for node in sorted((node for node in ordered if node.node in shares), key=seniority):
+    for node in sorted((node for node in ordered if node.node in shares), key=lambda node: senior[node.node]):
         nodes.append(AssignedNode(node.node, first, shares[node.node]))
         first += shares[node.node]
     return Assignment(tuple(nodes))

@@ -146,11 +146,12 @@ def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
         step = -(-len(grades) // _MOST_POOLS)
         for lowest in grades[::-1][::step]:
             kept = [(node, device) for node, device in mine if kinds[_kind(node)] >= lowest]
-            slowest = min({_throttled(device, node.speed) for node, device in kept}, key=_slowness)
+            unlike = {_kind(node): _throttled(device, node.speed) for node, device in kept}
+            slowest = min(unlike.values(), key=_slowness)
             memory = min(_memory(node, device) for node, device in kept)
             known = 0 if memory == math.inf else int(memory)
-            faster = {node.node: _times(_throttled(device, node.speed), slowest) for node, device in kept}
-            faster = {name: times for name, times in faster.items() if times > 1}
+            times = {kind: _times(device, slowest) for kind, device in unlike.items()}
+            faster = {node.node: times[_kind(node)] for node, _ in kept if times[_kind(node)] > 1}
             found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, known, faster))
     return found
 
@@ -165,11 +166,15 @@ def _kind(node: NodeCapacity) -> tuple[str, int, float]:
     return node.kind, node.memory_bytes, node.speed
 
 
-@lru_cache(maxsize=1 << 10)
 def _throttled(device: Device, speed: float) -> Device:
     """The device as fast as a node's `speed` says; links are as ever."""
+    return device if speed == 1 else _slowed(device, speed)
+
+
+@lru_cache(maxsize=1 << 10)
+def _slowed(device: Device, speed: float) -> Device:
     rates = {name: getattr(device, name) * speed for name in ("flops_per_s", "fp8_flops_per_s", "memory_bytes_per_s")}
-    return device if speed == 1 else replace(device, **rates)
+    return replace(device, **rates)
 
 
 def _slowness(device: Device) -> tuple[float, str]:

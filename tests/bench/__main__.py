@@ -11,6 +11,7 @@ from typing import Any
 from tests.bench import recovery
 from tests.bench.checkpoint import distributed, native, universal
 from tests.bench.planner import search
+from tests.bench.simulation import study
 
 CHECKPOINT_BYTES = 256 << 20
 
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "checkpoint-distributed": distributed.measure,
     "planner": search.measure,
     "recovery": recovery.measure,
+    "simulation": study.measure,
 }
 
 

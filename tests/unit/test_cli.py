@@ -16,7 +16,7 @@ from orchestrator import wire
 from orchestrator.cli import main
 from orchestrator.core.types import NodeReport
 
-COMMANDS = ["run", "serve", "agent", "submit", "status", "drain", "undrain", "save", "stop", "plan"]
+COMMANDS = ["run", "serve", "agent", "submit", "status", "drain", "undrain", "save", "stop", "plan", "simulate"]
 CHECKPOINT = [["checkpoint", "inspect"], ["checkpoint", "verify"]]
 JOB = """
 apiVersion: regrow.dev/v1alpha1

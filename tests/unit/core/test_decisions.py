@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.core.capacity import Candidate, choose, hold_s, settled
+from orchestrator.core.capacity import Candidate, choose, hold_s, offer, settled
 from orchestrator.core.decision import after_loss
 from orchestrator.core.facts import GenerationEnded, GenerationStarted, JobAccepted
 from orchestrator.core.failure import root_cause
@@ -21,6 +21,8 @@ from orchestrator.core.types import (
     LaunchReport,
     LaunchState,
     Mesh,
+    NodeCapacity,
+    NodeReport,
     Plan,
     WorkerError,
 )
@@ -57,7 +59,7 @@ def test_verdict(signals: Signals, expected: Health) -> None:
 
 
 def candidate(node: str, joined_s: float = 0.0, losses: tuple[float, ...] = (), *, warm: bool = True) -> Candidate:
-    return Candidate(node, 2, 0, "cpu", joined_s, losses, warm)
+    return Candidate(node, NodeCapacity(node, 2), joined_s, losses, warm)
 
 
 def test_a_flapping_node_is_held_back_longer_each_time_and_forgiven_after_an_hour() -> None:
@@ -81,7 +83,9 @@ def test_choose_keeps_known_nodes_and_takes_held_back_ones_only_in_need() -> Non
 
 
 def test_a_job_may_use_fewer_devices_than_a_node_has() -> None:
-    assert [one.devices for one in choose([candidate("a")], spec(devices_per_node=1), 10.0, ())] == [1]
+    report = NodeReport("a", "a#1", "", 2)
+    assert offer(report, spec(devices_per_node=1)).devices == 1
+    assert offer(report, spec()).devices == offer(report, spec(devices_per_node=4)).devices == 2
 
 
 def failed(*errors: WorkerError) -> LaunchReport:
