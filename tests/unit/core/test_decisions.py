@@ -1,13 +1,17 @@
 """Verdicts, capacity, root causes, budgets and growth: pure functions, so a table of cases each."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.core.capacity import Candidate, choose, hold_s, offer, settled
 from orchestrator.core.decision import after_loss
 from orchestrator.core.facts import GenerationEnded, GenerationStarted, JobAccepted
 from orchestrator.core.failure import root_cause
+from orchestrator.core.fleet import Node
 from orchestrator.core.health import Signals, verdict
 from orchestrator.core.history import History, replay
+from orchestrator.core.job import Job
 from orchestrator.core.policy import exhausted, growth
 from orchestrator.core.rates import mtbf_s, remaining_s
 from orchestrator.core.spec import AxisBounds, Budget, CheckpointSpec, FailureClass, JobSpec, RecoverySpec
@@ -228,3 +232,34 @@ def test_the_time_to_the_next_interruption_is_learnt() -> None:
     assert mtbf_s(fresh, 4, 3 * day_s) == 7 * day_s
     many = history(*[ended(float(at), FailureClass.HARDWARE, step=at) for at in range(1, 101)])
     assert mtbf_s(many, 4, 100 * 1000.0) == pytest.approx(1000.0, rel=0.5)
+
+
+@given(
+    connected=st.sampled_from([None, True, False]),
+    silence_s=st.floats(0, 40),
+    lost=st.booleans(),
+    peers_failed=st.booleans(),
+    starting=st.booleans(),
+    heartbeat_s=st.sampled_from([0.5, 1.0, 5.0]),
+    lost_after_s=st.sampled_from([1.0, 10.0, 30.0]),
+)
+def test_what_is_healthy_at_a_glance_is_healthy(
+    connected: bool | None,
+    silence_s: float,
+    lost: bool,
+    peers_failed: bool,
+    starting: bool,
+    heartbeat_s: float,
+    lost_after_s: float,
+) -> None:
+    recovery = RecoverySpec(heartbeat_s=heartbeat_s, lost_after_s=lost_after_s)
+    job = Job(replay([JobAccepted(0.0, spec(recovery=recovery), 0)]), 0.0)
+    node = Node("a", heard_s=0.0, joined_s=0.0, connected=connected)
+    job.now_s = silence_s
+    if lost:
+        job.history.lost["a"] = "it was"
+    signals = Signals(connected, silence_s, peers_failed, starting, "it was" if lost else None)
+    if job._plainly_healthy(node):
+        assert verdict(signals, recovery).health is Health.HEALTHY
+    if silence_s == 0 and connected and not lost:
+        assert job._plainly_healthy(node), "nearly all nodes must be"
