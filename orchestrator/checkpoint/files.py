@@ -9,6 +9,7 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -135,11 +136,11 @@ class LocalFiles:
 
     def size(self, file: str) -> int:
         """Bytes of the file."""
-        return os.fstat(self._handle(file).descriptor).st_size
+        return self._stat(file).st_size
 
     def version(self, file: str) -> str:
         """Size and time of change."""
-        found = os.fstat(self._handle(file).descriptor)
+        found = self._stat(file)
         return f"{found.st_size}-{found.st_mtime_ns}"
 
     def read_into(self, file: str, begin: int, target: memoryview) -> None:
@@ -172,20 +173,38 @@ class LocalFiles:
         """The file with its directory's name."""
         return f"{self.directory.name}/{file}"
 
+    def _stat(self, file: str) -> os.stat_result:
+        """Of the file as it was opened, else as it is now; sizes of a thousand files are asked for, few are read."""
+        with self._lock:
+            handle = self._open.get(file)
+        if handle is not None:
+            return os.fstat(handle.descriptor)
+        with self._naming(file):
+            found = (self.directory / file).stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise NotRegular(errno.EINVAL, "it is not a regular file")
+            return found
+
+    @contextmanager
+    def _naming(self, file: str) -> Iterator[None]:
+        """Errors of the system as ours, which name the file."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise corrupt(self.label(file), "it is missing") from error
+        except NotRegular as error:
+            raise corrupt(self.label(file), "it is not a regular file") from error
+        except (OSError, ValueError) as error:
+            raise _unreadable(self.directory / file, error) from error
+
     def _handle(self, file: str) -> _Handle:
         with self._lock:
             handle = self._open.get(file)
             if handle is not None:
                 self._open.move_to_end(file)
                 return handle
-            try:
+            with self._naming(file):
                 handle = _Handle(self.directory / file)
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise corrupt(self.label(file), "it is missing") from error
-            except NotRegular as error:
-                raise corrupt(self.label(file), "it is not a regular file") from error
-            except (OSError, ValueError) as error:
-                raise _unreadable(self.directory / file, error) from error
             self._open[file] = handle
             if len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)
