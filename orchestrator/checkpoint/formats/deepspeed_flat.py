@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from orchestrator.checkpoint.archive import StoredTensor
 from orchestrator.checkpoint.fields import LARGEST
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats.pickled_values import Node, read_scalar, short
-from orchestrator.checkpoint.layout import ITEM_BYTES, Chunk, flat_boxes
+from orchestrator.checkpoint.layout import ITEM_BYTES, Box, Chunk, flat_boxes
 
 STEP = "step"
 """Name of the optimizer step among the states; always kept as a scalar of dtype F32."""
@@ -85,6 +86,27 @@ class Pieces:
                 for at, box in boxes
             ]
             self.parameters[name].tensors[state] = Held(dtype, self.group.shapes[name], tuple(chunks))
+
+    def whole(self, rank: int) -> int:
+        """How many elements the parameters have together of which the rank has a slice."""
+        return sum(prod(self.group.shapes[name]) for name, _ in self._overlapping(rank))
+
+    def add_whole(self, state: str, vectors: dict[int, StoredTensor]) -> None:
+        """A state that every rank holds of the whole of each parameter of which it has a slice, one after the other.
+
+        The copies of a parameter that is cut are equal: of them the first rank's is taken.
+        """
+        for rank, held in vectors.items():
+            item, position = ITEM_BYTES[held.dtype], held.begin
+            for name, slices in self._overlapping(rank):
+                shape = self.group.shapes[name]
+                if slices[0].rank == rank:
+                    chunk = Chunk(Box.whole(shape), held.file, position)
+                    self.parameters[name].tensors[state] = Held(held.dtype, shape, (chunk,))
+                position += prod(shape) * item
+
+    def _overlapping(self, rank: int) -> list[tuple[str, list[Slice]]]:
+        return [item for item in self.group.slices.items() if any(one.rank == rank for one in item[1])]
 
     def add_scalar(self, state: str, number: float) -> None:
         """A state that is one number for the whole group."""
@@ -171,17 +193,31 @@ def _add_state(pieces: Pieces, state: str, nodes: dict[int, Node], solid: list[i
                 f"The optimizer's state {state} is not the same number on all data-parallel ranks: it is left out."
             )
     elif isinstance(first.value, StoredTensor) and len(first.value.shape) == 1:
-        group = pieces.group
-        vectors: list[StoredTensor] = [first.value] * len(group.used)
-        for rank, member in known.items():
-            vectors[rank] = vector(member, (group.used[rank], group.room[rank]))
-        require_one_dtype(pieces, [known.get(rank, first) for rank in range(len(vectors))], vectors)
-        pieces.add_flat(state, vectors)
+        _add_vectors(pieces, state, known, first.value)
     else:
         notes.append(
             f"The optimizer's state {state} is {short(first.value)}, which is not made of one element per parameter "
             "element: it is left out."
         )
+
+
+def _add_vectors(pieces: Pieces, state: str, nodes: dict[int, Node], first: StoredTensor) -> None:
+    """Slices of the group's vector, or (the momentum of Muon, which needs matrices) whole parameters.
+
+    Where both have the same lengths no parameter is cut and they are the same.
+    """
+    used, room = pieces.group.used, pieces.group.room
+    lengths = {rank: node.tensor().elements for rank, node in nodes.items()}
+    sliced = all(length in (used[rank], room[rank]) for rank, length in lengths.items())
+    whole = not sliced and all(length == pieces.whole(rank) for rank, length in lengths.items())
+    vectors: list[StoredTensor] = [first] * len(used)
+    for rank, node in nodes.items():
+        vectors[rank] = vector(node, (lengths[rank],) if whole else (used[rank], room[rank]))
+    require_one_dtype(pieces, [nodes.get(rank, nodes[min(nodes)]) for rank in range(len(vectors))], vectors)
+    if whole:
+        pieces.add_whole(state, {rank: vectors[rank] for rank in sorted(nodes)})
+    else:
+        pieces.add_flat(state, vectors)
 
 
 def _is_number(state: str, node: Node) -> bool:

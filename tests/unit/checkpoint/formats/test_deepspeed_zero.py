@@ -21,6 +21,7 @@ from tests.unit.checkpoint.formats.deepspeed_writer import (
     ZeroStageEnum,
     deepspeed_names,
     model,
+    optimizer_name,
     save,
 )
 
@@ -227,3 +228,22 @@ def test_steps_before_the_first_have_no_states(tmp_path: Path) -> None:
     for layout in (Layout(1, 2), Layout(3, 2)):
         save(tmp_path, made, layout)
         assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_momentum_of_whole_parameters_on_every_rank_that_has_a_slice(tmp_path: Path, world: int) -> None:
+    """Muon under ZeRO 1 and 2: it needs whole matrices, so that a rank keeps whole ones of what it has a part of."""
+    made = model([[("a", (5, 7)), ("b", (7, 5)), ("c", (3, 3))]], states=("momentum_buffer",), step=None)
+    layout = Layout(2, world)
+    folder = save(tmp_path, made, layout)
+    with deepspeed_names():
+        for rank in range(world):
+            file = folder / optimizer_name(layout, made, rank)
+            content = torch.load(file, weights_only=False)
+            inside = content["optimizer_state_dict"]
+            whole = [made.states["momentum_buffer"][name].flatten() for name in inside["param_slice_mappings"][0]]
+            inside["base_optimizer_state"]["state"][0] = {"momentum_buffer": torch.cat(whole).bfloat16()}
+            torch.save(content, file)
+    view = open_checkpoint(tmp_path)
+    for name, momentum in made.states["momentum_buffer"].items():
+        assert data_of(view, f"{name}.momentum_buffer") == raw(momentum.bfloat16())
