@@ -107,7 +107,7 @@ class Unpartitioned:
             shape = self.module.values[name].value.shape
             if one in masters:
                 master = masters[one].tensor()
-                return master.shape == shape and master.strides is None and self._rounds(name, master, 0)
+                return master.shape == shape and (master.strides is not None or self._rounds(name, master, 0))
             state = self.states.find(one)
             return state is None or all(
                 _fits(key, node.value.shape, shape)

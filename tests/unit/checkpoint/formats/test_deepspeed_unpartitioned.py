@@ -142,6 +142,20 @@ def test_masters_tell_their_names(tmp_path: Path, flat: bool, dtype: torch.dtype
     assert view.state["cur_scale"] == 1024.0
 
 
+def test_a_transposed_master_has_the_name_of_a_transposed_weight(tmp_path: Path) -> None:
+    net, optimizer, names = trained(lambda net: [[net.embed.weight, net.one.weight, net.one.bias]])
+    module = OrderedDict((name, tensor.to(torch.bfloat16)) for name, tensor in net.state_dict().items())
+    module["one.weight"] = module["one.weight"].t().contiguous().t()
+    inside = masters(net, optimizer, flat=False)
+    inside["fp32_groups"][0][1] = inside["fp32_groups"][0][1].t().contiguous().t()
+    save(tmp_path, net, inside)
+    content = torch.load(tmp_path / "step" / "mp_rank_00_model_states.pt", weights_only=False)
+    torch.save(content | {"module": module}, tmp_path / "step" / "mp_rank_00_model_states.pt")
+    view = open_checkpoint(tmp_path)
+    assert [group["params"] for group in view.state["param_groups"]] == names
+    assert data_of(view, "one.weight") == raw(net.one.weight.data)
+
+
 def test_no_name_is_guessed(tmp_path: Path) -> None:
     net, optimizer, _ = trained(lambda net: [[net.one.weight], [net.two.weight]])
     save(tmp_path, net, optimizer.state_dict())
