@@ -20,6 +20,7 @@ from orchestrator.checkpoint.formats.deepspeed_flat import Parameter, Shape
 from orchestrator.checkpoint.formats.deepspeed_module import Module, complete, listed
 from orchestrator.checkpoint.formats.deepspeed_parallel import Copies, layer_names, merge_ranks
 from orchestrator.checkpoint.formats.deepspeed_rules import INFO, Chooser
+from orchestrator.checkpoint.formats.deepspeed_stages import Layer, Stages, tied_layers
 from orchestrator.checkpoint.formats.deepspeed_state import (
     hyper_parameters,
     merge_groups,
@@ -225,11 +226,11 @@ class _Source:
             self._take_fragments(module, mp, models)
         for model in self.models.values():
             module.take_shared(model)  # only the very first rank writes it
-        if self.found.layers:
-            self._take_layers(module, copies, rank)
-        parameters = {name: held[0] for name, held in copies.items()}
+        layers = self._take_layers(module, copies, rank) if self.found.layers else []
         if not self.optimizers:
-            parameters |= self._unpartitioned(module, rank, stages)
+            models = [self.models[mp, 0] for mp in range(rank, stages * ranks, ranks)]
+            self._take_unpartitioned(module, copies, layers, models)
+        parameters = {name: held[0] for name, held in copies.items()}
         tied = complete(self.files, module, parameters, partitioned=self.partitioned, notes=self.notes)
         trained = _config_dtype(self.models[0, 0])
         weights_only = not self.optimizers and self.models[rank, 0].find("optimizer") is None
@@ -258,17 +259,18 @@ class _Source:
                 raise self._missing(f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_model_states.pt")
         module.take_fragments(models)
 
-    def _take_layers(self, module: Module, copies: Copies, rank: int) -> None:
+    def _take_layers(self, module: Module, copies: Copies, rank: int) -> list[Layer]:
         """The weights of a pipeline's layers, under the names of the whole model."""
         known = copies.keys() | (module.buffers or set()) | module.frozen_shapes.keys()
         layers = sorted({layer for layer, _ in self.found.layers})
+        found = []
         for layer in layers:
             if (layer, rank) not in self.found.layers:
                 raise self._missing(f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
             node = self._file(self.found.layers[layer, rank])
             local = dict(node.named())
             prefix, unclear = layer_names(layer, set(local), known)
-            module.take(Node({}, node.label), [(prefix + name, value) for name, value in local.items()])
+            found.append(Layer(prefix, local))
             if unclear and any(prefix + name not in copies for name in local):
                 self.notes.append(
                     f"{node.label} is of one of several tied modules of equal names: what it holds besides trained "
@@ -277,23 +279,36 @@ class _Source:
         due = {int(name.split(".", 1)[0]) for name in known if name.split(".", 1)[0].isdecimal()}
         for layer in sorted(due - set(layers)):
             raise self._missing(f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
-
-    def _unpartitioned(self, module: Module, rank: int, stages: int) -> dict[str, Parameter]:
-        """The parameters that the optimizer inside the model file trains (no ZeRO)."""
-        optimizer = self.models[rank, 0].find("optimizer")
-        if optimizer is None:
-            return {}
-        if stages > 1:
-            raise CheckpointError(
-                f"{self.models[rank, 0].label} is of a pipeline without ZeRO, whose optimizer does not name its "
-                "parameters: save with ZeRO 1"
+        owners = {} if self.optimizers else tied_layers(self.files, found)
+        for one in found:
+            owner = owners.get(one.prefix, one.prefix)
+            module.shared.update({one.prefix + name: owner + name for name in one.tensors if owner != one.prefix})
+            module.take_values((owner + name, value) for name, value in one.tensors.items())
+        if owners:
+            first = listed([name.rstrip(".") for name in dict.fromkeys(owners.values())])
+            self.notes.append(
+                f"Layers that hold the same weights are taken to be one tied module, named by the first, {first}: no "
+                "file says its name."
             )
-        inside = Unpartitioned(self.files, optimizer, module, self.notes)
-        groups = inside.read()
-        names = [list(group) for group in groups]
-        hyper = hyper_parameters(self.files, inside.groups, self.notes)
-        self.unpartitioned.append(list(zip(hyper, names, strict=True)))
-        return {name: parameter for group in groups for name, parameter in group.items()}
+        return [Layer(owners.get(one.prefix, one.prefix), one.tensors) for one in found]
+
+    def _take_unpartitioned(self, module: Module, copies: Copies, layers: list[Layer], models: list[Node]) -> None:
+        """The parameters that the optimizers inside the model files of the stages train (no ZeRO)."""
+        optimizers = [model.find("optimizer") for model in models]
+        present = [optimizer for optimizer in optimizers if optimizer is not None]
+        if len(present) != len(models):
+            return
+        stages = [module]
+        if len(models) > 1:
+            stages = Stages(self.files, present, layers, module).split(models[0].label)
+        for optimizer, part in zip(present, stages, strict=True):
+            inside = Unpartitioned(self.files, optimizer, part, self.notes)
+            groups = inside.read()
+            hyper = hyper_parameters(self.files, inside.groups, self.notes)
+            self.unpartitioned.append(list(zip(hyper, [list(group) for group in groups], strict=True)))
+            for group in groups:
+                for name, parameter in group.items():
+                    copies.setdefault(name, []).append(parameter)
 
     # ------------------------------------------------------------ state
 

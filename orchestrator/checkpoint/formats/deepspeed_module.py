@@ -29,13 +29,17 @@ class Module:
 
     def take(self, model: Node, names: Iterable[tuple[str, Node]]) -> None:
         """Add what one model file says; `names` are its module's members."""
-        for name, node in names:
-            self.values.setdefault(name, node)
+        self.take_values(names)
         buffers = model.find("buffer_names")
         if buffers is not None:
             self.buffers = (self.buffers or set()) | {_text(one) for one in buffers.items()}
         for name, shape in _members(model, "frozen_param_shapes"):
             self.frozen_shapes[name] = shape.shape(name)
+
+    def take_values(self, members: Iterable[tuple[str, Node]]) -> None:
+        """Add tensors of the module's state dict; the first of a name stays."""
+        for name, node in members:
+            self.values.setdefault(name, node)
 
     def take_shared(self, model: Node) -> None:
         """Add the tied names that a model file lists."""
