@@ -1,12 +1,14 @@
 """DeepSpeed checkpoints as they are saved: ZeRO 1, 2 and 3 or none, with pipeline stages and tensor-parallel ranks.
 
 Files, names and topology are in `deepspeed_files`, flat vectors in `deepspeed_zero12` and `deepspeed_zero3`, weights of
-modules in `deepspeed_module`, the merging of model-parallel ranks in `deepspeed_parallel` and `deepspeed_rules`.
+modules in `deepspeed_module`, experts in `deepspeed_experts`, stages without ZeRO in `deepspeed_stages`, the merging of
+model-parallel ranks in `deepspeed_parallel` and `deepspeed_rules`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from orchestrator.checkpoint.archive import load_archive
@@ -15,6 +17,7 @@ from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats import Reading
 from orchestrator.checkpoint.formats import deepspeed_zero3 as zero3
 from orchestrator.checkpoint.formats import deepspeed_zero12 as zero12
+from orchestrator.checkpoint.formats.deepspeed_experts import Experts, read_experts
 from orchestrator.checkpoint.formats.deepspeed_files import Found, checkpoints, chosen
 from orchestrator.checkpoint.formats.deepspeed_flat import Parameter, Shape
 from orchestrator.checkpoint.formats.deepspeed_module import Module, complete, listed
@@ -22,12 +25,13 @@ from orchestrator.checkpoint.formats.deepspeed_parallel import Copies, layer_nam
 from orchestrator.checkpoint.formats.deepspeed_rules import INFO, Chooser
 from orchestrator.checkpoint.formats.deepspeed_stages import Layer, Stages, tied_layers
 from orchestrator.checkpoint.formats.deepspeed_state import (
+    config_dtype,
     hyper_parameters,
     merge_groups,
     plain_state,
     step_of_model,
 )
-from orchestrator.checkpoint.formats.deepspeed_unpartitioned import Unpartitioned
+from orchestrator.checkpoint.formats.deepspeed_unpartitioned import Unpartitioned, can_be_of
 from orchestrator.checkpoint.formats.pickled_values import Node, Plain
 from orchestrator.checkpoint.unpickle import Name, Record
 from orchestrator.checkpoint.view import UniversalView
@@ -67,16 +71,12 @@ class _Source:
         """Model-parallel rank -> `optimizer_state_dict` of every data-parallel rank."""
         self.shapes: dict[int, list[dict[str, Shape]]] = {}
         """Model-parallel rank -> `param_shapes`."""
+        self.experts: dict[int, Experts] = {}
+        """Model-parallel rank -> experts that are in files of their own."""
         self.unpartitioned: list[list[tuple[dict[str, Any], list[str]]]] = []
         """Without ZeRO: of each tensor-parallel rank the groups' hyper-parameters and names."""
 
     def view(self) -> UniversalView:
-        if self.found.experts:
-            raise CheckpointError(
-                f"{self.files.location} holds experts, which DeepSpeed saves in files of their own that are not "
-                f"read ({listed(self.found.experts)}): save with expert parallelism off, or convert it with "
-                "DeepSpeed"
-            )
         count = self._load()
         stages, ranks = self._topology(count)
         copies, aliases = [], {}
@@ -120,6 +120,7 @@ class _Source:
             first = self.models[mp, 0] = self._file(models[mp, 0])
             if first.mapping().keys().isdisjoint(("module", "param_shapes")):
                 raise first.fail("holds neither module nor param_shapes, so that it is no model file")
+            self._load_experts(mp, first)
             world = self._load_optimizers(mp, first)
             for dp in range(1, world if _has_fragments(first) else 1):
                 if (mp, dp) in models:
@@ -127,6 +128,16 @@ class _Source:
             if self.optimizers:
                 self.shapes[mp] = self._shapes(mp)
         return count
+
+    def _load_experts(self, mp: int, model: Node) -> None:
+        """The weights of the experts of one model-parallel rank, whose layers count from 0."""
+        present = {key[1:]: file for key, file in sorted(self.found.experts.items()) if key[0] == mp}
+        layers = model.find("num_experts")
+        for layer, number in enumerate(layers.items() if present and layers is not None else ()):
+            for expert in range(number.count() if (layer, 0) in present else 0):
+                if (layer, expert) not in present:
+                    raise self._missing(f"layer_{layer}_expert_{expert}_mp_rank_{mp:02d}_model_states.pt")
+        self.experts[mp] = read_experts(model, (self._file(file) for file in present.values()))
 
     def _load_optimizers(self, mp: int, model: Node) -> int:
         """The optimizer files of one model-parallel rank; returns the number of its data-parallel ranks."""
@@ -137,7 +148,8 @@ class _Source:
                 raise self._missing(f"zero_pp_rank_0_mp_rank_{mp:02d}_optim_states.pt")
             return 1
         first = self._optimizer(present[min(present)])
-        world = _world(first, model) or len(present)
+        said = None if self.experts[mp].counts else first.find("partition_count")  # experts' are cut over fewer
+        world = _world(said, model) or len(present)
         ranks = []
         for dp in range(world):
             if dp not in present:
@@ -223,16 +235,17 @@ class _Source:
             values = models[0].find("module")
             for index, model in enumerate(models):
                 module.take(model, values.named() if values is not None and not index else ())
+            self.experts[mp].put_into(module)
             self._take_fragments(module, mp, models)
         for model in self.models.values():
             module.take_shared(model)  # only the very first rank writes it
         layers = self._take_layers(module, copies, rank) if self.found.layers else []
         if not self.optimizers:
             models = [self.models[mp, 0] for mp in range(rank, stages * ranks, ranks)]
-            self._take_unpartitioned(module, copies, layers, models)
+            self._take_unpartitioned(module, copies, layers, models, rank)
         parameters = {name: held[0] for name, held in copies.items()}
         tied = complete(self.files, module, parameters, partitioned=self.partitioned, notes=self.notes)
-        trained = _config_dtype(self.models[0, 0])
+        trained = config_dtype(self.models[0, 0])
         weights_only = not self.optimizers and self.models[rank, 0].find("optimizer") is None
         for name, parameter in parameters.items():
             copies.setdefault(name, [parameter])
@@ -245,8 +258,9 @@ class _Source:
         ranks = self.optimizers.get(mp)
         if ranks is None:
             return {}
-        read = zero3.read_subgroups if self._is_zero3(mp) else zero12.read_groups
-        return read(self.files, self.shapes[mp], ranks, self.notes)
+        if self._is_zero3(mp):
+            return zero3.read_subgroups(self.files, self.shapes[mp], ranks, self.notes)
+        return zero12.read_groups(self.files, self.shapes[mp], ranks, self.notes, self.experts[mp])
 
     def _is_zero3(self, mp: int) -> bool:
         return zero3.FP32 in self.optimizers[mp][0].mapping()
@@ -292,23 +306,38 @@ class _Source:
             )
         return [Layer(owners.get(one.prefix, one.prefix), one.tensors) for one in found]
 
-    def _take_unpartitioned(self, module: Module, copies: Copies, layers: list[Layer], models: list[Node]) -> None:
-        """The parameters that the optimizers inside the model files of the stages train (no ZeRO)."""
+    def _take_unpartitioned(
+        self, module: Module, copies: Copies, layers: list[Layer], models: list[Node], rank: int
+    ) -> None:
+        """The parameters that the optimizers of the stages, or of the owners of experts, train (no ZeRO)."""
         optimizers = [model.find("optimizer") for model in models]
         present = [optimizer for optimizer in optimizers if optimizer is not None]
-        if len(present) != len(models):
+        parts = [module]
+        if len(models) == 1 and self.found.expert_optimizers:
+            present = self._expert_optimizers(rank)
+            fits = partial(can_be_of, self.files, present[0])
+            parts = self.experts[rank].parts(module, len(present), fits)
+        elif len(present) != len(models):
             return
-        stages = [module]
-        if len(models) > 1:
-            stages = Stages(self.files, present, layers, module).split(models[0].label)
-        for optimizer, part in zip(present, stages, strict=True):
+        elif len(models) > 1:
+            parts = Stages(self.files, present, layers, module).split(models[0].label)
+        for optimizer, part in zip(present, parts, strict=True):
             inside = Unpartitioned(self.files, optimizer, part, self.notes)
             groups = inside.read()
             hyper = hyper_parameters(self.files, inside.groups, self.notes)
             self.unpartitioned.append(list(zip(hyper, [list(group) for group in groups], strict=True)))
             for group in groups:
                 for name, parameter in group.items():
-                    copies.setdefault(name, []).append(parameter)
+                    if len(models) > 1 or name not in copies:
+                        copies.setdefault(name, []).append(parameter)
+
+    def _expert_optimizers(self, mp: int) -> list[Node]:
+        """Of every rank that has experts of its own the optimizer that it saved."""
+        found = {owner: file for (rank, owner), file in self.found.expert_optimizers.items() if rank == mp}
+        for owner in range(1 + max(found, default=0)):
+            if owner not in found:
+                raise self._missing(f"expp_rank_{owner}_mp_rank_{mp:02d}_optim_states.pt")
+        return [self._file(found[owner]).at("optimizer") for owner in sorted(found)]
 
     # ------------------------------------------------------------ state
 
@@ -339,7 +368,7 @@ class _Source:
                 ]
                 hyper = hyper_parameters(self.files, inner.at("param_groups"), self.notes)
             else:
-                names = [list(group) for group in shapes]
+                names = zero12.group_names(shapes, self.optimizers[mp], self.experts[mp])
                 hyper = self._hyper_parameters(optimizer, len(shapes))
             ranks.append(list(zip(hyper, names, strict=True)))
         return merge_groups(ranks)
@@ -355,13 +384,13 @@ class _Source:
         return hyper_parameters(self.files, groups, self.notes)
 
 
-def _world(optimizer: Node, model: Node) -> int | None:
+def _world(counts: Node | None, model: Node) -> int | None:
     """The number of data-parallel ranks that saved the checkpoint; None where the files do not say."""
-    for node in (optimizer.find("partition_count"), model.find("dp_world_size")):
+    for node in (counts, model.find("dp_world_size")):
         if node is not None:
-            counts = [one.count() for one in node.items()] if isinstance(node.value, list | tuple) else [node.count()]
-            if counts:
-                return max(counts)
+            found = [one.count() for one in node.items()] if isinstance(node.value, list | tuple) else [node.count()]
+            if found:
+                return max(found)
     return None
 
 
@@ -369,13 +398,3 @@ def _has_fragments(model: Node) -> bool:
     """Whether every data-parallel rank of ZeRO 3 has its part of parameters that are not trained."""
     shapes = model.find("frozen_param_shapes")
     return shapes is not None and any(0 not in shape.shape(name) for name, shape in shapes.named())
-
-
-def _config_dtype(model: Node) -> str | None:
-    """The dtype of training that DeepSpeed's configuration asked for."""
-    config = model.find("ds_config")
-    for key, dtype in (("bf16", "BF16"), ("bfloat16", "BF16"), ("fp16", "F16")):
-        section = None if config is None else config.find(key)
-        if section is not None and isinstance(section.value, dict) and section.value.get("enabled") is True:
-            return dtype
-    return None

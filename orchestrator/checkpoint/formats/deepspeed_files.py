@@ -22,9 +22,8 @@ _MODEL = re.compile(r"mp_rank_(\d{1,9})_model_states\.pt")
 _ZERO_MODEL = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_model_states\.pt")
 _OPTIMIZER = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_?optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d{1,9})(?:-[a-z]+_(\d{1,9}))?-model_states\.pt")
-_EXPERT = re.compile(
-    r"(?:layer_-?\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_?optim_states\.pt"
-)
+_EXPERT = re.compile(r"(?:layer_(-?\d{1,9})_)?expert_(\d{1,9})_mp_rank_(\d{1,9})_model_states\.pt")
+_EXPERT_OPTIMIZER = re.compile(r"expp_rank_(\d{1,9})_mp_rank_(\d{1,9})_?optim_states\.pt")
 
 
 @dataclass(slots=True)
@@ -41,8 +40,10 @@ class Found:
     """(model-parallel rank, data-parallel rank) -> optimizer states."""
     layers: dict[tuple[int, int], str] = field(default_factory=dict)
     """(layer, tensor-parallel rank) -> weights of one layer of a pipeline."""
-    experts: list[str] = field(default_factory=list)
-    """Files of experts, whose optimizer states are partitioned in a way of their own."""
+    experts: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    """(model-parallel rank, layer with experts, expert) -> weights of one expert."""
+    expert_optimizers: dict[tuple[int, int], str] = field(default_factory=dict)
+    """(model-parallel rank, rank among the owners of experts) -> its optimizer (no ZeRO)."""
 
     @property
     def any(self) -> bool:
@@ -83,8 +84,10 @@ def _sort(files: Files, found: Found, base: str) -> None:
         _put(files, found.optimizers, (int(match[3]), int(match[2])), file)
     elif match := _LAYER.fullmatch(base):
         _put(files, found.layers, (int(match[1]), int(match[2] or 0)), file)
-    elif _EXPERT.fullmatch(base):
-        found.experts.append(file)
+    elif match := _EXPERT.fullmatch(base):
+        _put(files, found.experts, (int(match[3]), int(match[1] or -1), int(match[2])), file)
+    elif match := _EXPERT_OPTIMIZER.fullmatch(base):
+        _put(files, found.expert_optimizers, (int(match[2]), int(match[1])), file)
 
 
 def _put(files: Files, place: dict[_Key, str], key: _Key, file: str) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 from orchestrator.checkpoint.archive import StoredTensor
 from orchestrator.checkpoint.files import Files
 from orchestrator.checkpoint.formats.deepspeed_module import Module, listed
-from orchestrator.checkpoint.formats.deepspeed_unpartitioned import Unpartitioned
+from orchestrator.checkpoint.formats.deepspeed_unpartitioned import can_be_of
 from orchestrator.checkpoint.formats.pickled_values import Node
 from orchestrator.checkpoint.layout import ITEM_BYTES
-from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
+from orchestrator.core.errors import CheckpointError
 
 FLAT = "fp32_groups_flat"
 MAX_UNWRITTEN = 2
@@ -164,13 +164,7 @@ class Stages:
                 f"{self.optimizers[0].label} is of a pipeline without ZeRO, whose layers divide into stages in too "
                 "many ways to tell which is right: save with ZeRO 1, which names the parameters"
             )
-        try:
-            Unpartitioned(self.files, self.optimizers[stage], part, []).read()
-        except CorruptCheckpoint:
-            raise
-        except CheckpointError:
-            return False
-        return True
+        return can_be_of(self.files, self.optimizers[stage], part)
 
     def _parameters(self, layers: Sequence[Layer]) -> dict[str, None]:
         buffers = self.whole.buffers or set()

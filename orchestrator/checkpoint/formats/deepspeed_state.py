@@ -107,3 +107,13 @@ def merge_groups(ranks: Sequence[Sequence[tuple[dict[str, Any], Sequence[str]]]]
             else:
                 merged.append((hyper, dict.fromkeys(names)))
     return [{**hyper, "params": list(names)} for hyper, names in merged]
+
+
+def config_dtype(model: Node) -> str | None:
+    """The dtype of training that DeepSpeed's configuration asked for."""
+    config = model.find("ds_config")
+    for key, dtype in (("bf16", "BF16"), ("bfloat16", "BF16"), ("fp16", "F16")):
+        section = None if config is None else config.find(key)
+        if section is not None and isinstance(section.value, dict) and section.value.get("enabled") is True:
+            return dtype
+    return None

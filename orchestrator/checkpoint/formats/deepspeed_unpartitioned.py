@@ -35,7 +35,7 @@ from orchestrator.checkpoint.formats.deepspeed_module import Module, listed, sha
 from orchestrator.checkpoint.formats.pickled_values import Node
 from orchestrator.checkpoint.layout import ITEM_BYTES
 from orchestrator.checkpoint.numbers import FLOATS, items, numbers
-from orchestrator.core.errors import CheckpointError
+from orchestrator.core.errors import CheckpointError, CorruptCheckpoint
 
 MAX_POSITIONS = 2_000
 """Partial assignments that are kept at a time before the names count as unknown."""
@@ -219,6 +219,17 @@ class Unpartitioned:
 
     def _size(self, name: str) -> int:
         return prod(self.module.values[name].tensor(name).shape)
+
+
+def can_be_of(files: Files, optimizer: Node, module: Module) -> bool:
+    """Whether the parameters that the optimizer numbers can be named in exactly one way within the module."""
+    try:
+        Unpartitioned(files, optimizer, module, []).read()
+    except CorruptCheckpoint:
+        raise
+    except CheckpointError:
+        return False
+    return True
 
 
 def _fits(state: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:

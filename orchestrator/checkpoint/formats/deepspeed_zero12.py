@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from orchestrator.checkpoint.files import Files
+from orchestrator.checkpoint.formats.deepspeed_experts import Experts
 from orchestrator.checkpoint.formats.deepspeed_flat import (
     FlatGroup,
     Parameter,
@@ -30,7 +31,11 @@ MAPPINGS = "param_slice_mappings"
 
 
 def read_groups(
-    files: Files, shapes: Sequence[dict[str, Shape]], ranks: Sequence[Node], notes: list[str]
+    files: Files,
+    shapes: Sequence[dict[str, Shape]],
+    ranks: Sequence[Node],
+    notes: list[str],
+    experts: Experts | None = None,
 ) -> dict[str, Parameter]:
     """The optimizer's parameters from the `optimizer_state_dict` of every data-parallel rank, in order.
 
@@ -38,23 +43,43 @@ def read_groups(
     """
     parameters: dict[str, Parameter] = {}
     for index, group_shapes in enumerate(shapes):
-        for name, shape in group_shapes.items():
-            if name in parameters:
-                raise ranks[0].fail("belongs to two parameter groups", name)
-            parameters[name] = Parameter(shape)
-        values = [_group(rank.at(FP32), index, len(shapes)) for rank in ranks]
-        for rank in ranks:
-            _require_ranks(rank, index, len(ranks))
-        alignment = _alignment(ranks[0], index, group_shapes)
-        group = layout(group_shapes, alignment, len(ranks), _length(values[0]), _padding(ranks[0], index))
-        _check_lengths(ranks, index, group, values)
-        _check_mappings(ranks, index, group)
-        pieces = Pieces(files, group, parameters)
-        add_values(pieces, values)
-        states = [_states(rank, index) for rank in ranks]
-        add_states(pieces, states, notes)
-        _add_group_step(pieces, ranks[0], index)
+        for team in (experts or Experts()).teams(ranks, index, group_shapes):
+            names = [team.name(name) for name in group_shapes]
+            for name in names:
+                if name in parameters:
+                    raise ranks[0].fail("belongs to two parameter groups", name)
+            group = _read_group(files, group_shapes, team.ranks, (index, len(shapes)), notes)
+            parameters |= zip(names, group.values(), strict=True)
     return parameters
+
+
+def _read_group(
+    files: Files, shapes: dict[str, Shape], ranks: Sequence[Node], place: tuple[int, int], notes: list[str]
+) -> dict[str, Parameter]:
+    """The parameters of the group at `place` (its position and the number of groups), which is cut over `ranks`."""
+    index, count = place
+    parameters = {name: Parameter(shape) for name, shape in shapes.items()}
+    values = [_group(rank.at(FP32), index, count) for rank in ranks]
+    for rank in ranks:
+        _require_ranks(rank, index, len(ranks))
+    alignment = _alignment(ranks[0], index, shapes)
+    group = layout(shapes, alignment, len(ranks), _length(values[0]), _padding(ranks[0], index))
+    _check_lengths(ranks, index, group, values)
+    _check_mappings(ranks, index, group)
+    pieces = Pieces(files, group, parameters)
+    add_values(pieces, values)
+    states = [_states(rank, index) for rank in ranks]
+    add_states(pieces, states, notes)
+    _add_group_step(pieces, ranks[0], index)
+    return parameters
+
+
+def group_names(shapes: Sequence[dict[str, Shape]], ranks: Sequence[Node], experts: Experts) -> list[list[str]]:
+    """What the parameters of each group are called in the whole model."""
+    return [
+        [team.name(name) for team in experts.teams(ranks, index, group) for name in group]
+        for index, group in enumerate(shapes)
+    ]
 
 
 def shapes_of_mappings(ranks: Sequence[Node], known: Mapping[str, Shape]) -> list[dict[str, Shape]]:
@@ -116,7 +141,7 @@ def _length(node: Node) -> int:
 
 
 def _require_ranks(rank: Node, index: int, world: int) -> None:
-    """The group must be cut over all ranks: experts are cut over fewer."""
+    """The group must be cut over these ranks."""
     counts = rank.find("partition_count")
     if counts is None:
         return
@@ -124,7 +149,7 @@ def _require_ranks(rank: Node, index: int, world: int) -> None:
     if count != world:
         raise counts.fail(
             f"says that parameter group {index} is cut over {count} ranks where {world} are expected: it was saved by "
-            "another number of ranks, or holds experts, which are not read"
+            "another number of ranks, or holds experts that are not DeepSpeed's own"
         )
 
 

@@ -126,10 +126,10 @@ def test_files_of_an_older_larger_save_are_passed_over_and_noted(tmp_path: Path)
     assert "files of ranks from 2 on are of an older save" in view.notes[0]
 
 
-def test_experts_are_named(tmp_path: Path) -> None:
+def test_files_of_experts_hold_experts(tmp_path: Path) -> None:
     folder = save(tmp_path, rich(), Layout(1, 2))
-    (folder / "layer_0_expert_3_mp_rank_00_model_states.pt").touch()
-    refused(tmp_path, "experts.*step3/layer_0_expert_3_mp_rank_00_model_states.pt")
+    torch.save({"a.weight": torch.ones(2)}, folder / "layer_0_expert_0_mp_rank_00_model_states.pt")
+    refused(tmp_path, "layer_0_expert_0_mp_rank_00_model_states.pt.* is not named as a parameter of an expert")
 
 
 def test_two_files_of_one_rank(tmp_path: Path) -> None:
