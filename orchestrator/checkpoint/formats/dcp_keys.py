@@ -8,7 +8,7 @@ the model by the keys that end in the optimizer's parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,30 +134,45 @@ def plain(name: str) -> str:
     return name
 
 
-def model_prefix(parameters: Sequence[str], keys: Collection[str], root: str) -> str | None:
-    """What the model's keys begin with, of an optimizer of these parameters; None when no key is one of them.
+def model_prefixes(
+    parameters: Sequence[str],
+    keys: Collection[str],
+    root: str,
+    fits: Callable[[str, str], bool] = lambda name, key: True,
+) -> list[str]:
+    """What the model's keys begin with, of an optimizer of these parameters; empty when no key is one of them.
 
-    Of several (a model and its average, say) it is the one called a model, else the one nearest to the optimizer.
+    `fits` says whether a parameter can be what a key holds. Of several (a model and its average, say) it is the one
+    called a model, else the one nearest to the optimizer; where that settles nothing, all of them, the shortest first.
     """
-    names = [plain(name) for name in parameters]
+    names = {plain(name): name for name in parameters}
     by_name = {plain(key): key for key in keys}
     counts: dict[str, int] = {}
-    for name in dict.fromkeys((*names[:1], *names[-1:])):
+    for name in dict.fromkeys((*list(names)[:1], *list(names)[-1:])):
         for key in by_name:
             if key == name or key.endswith("." + name):
                 counts.setdefault(key[: len(key) - len(name)], 0)
     for prefix in counts:
-        counts[prefix] = sum(prefix + name in by_name for name in names)
+        found = ((given, by_name.get(prefix + name)) for name, given in names.items())
+        counts[prefix] = sum(key is not None and fits(given, key) for given, key in found)
     if not counts or not max(counts.values()):
-        return None
-    best = [prefix for prefix in counts if counts[prefix] == max(counts.values())]
-    return min(best, key=lambda prefix: _strangeness(prefix, root))
+        return []
+    best = sorted(
+        (prefix for prefix in counts if counts[prefix] == max(counts.values())),
+        key=lambda prefix: (_strangeness(prefix, root), len(prefix), prefix),
+    )
+    return [prefix for prefix in best if _strangeness(prefix, root) == _strangeness(best[0], root)]
 
 
-def _strangeness(prefix: str, root: str) -> tuple[bool, int, int, str]:
+def model_prefix(parameters: Sequence[str], keys: Collection[str], root: str) -> str | None:
+    """The first of `model_prefixes`."""
+    return next(iter(model_prefixes(parameters, keys, root)), None)
+
+
+def _strangeness(prefix: str, root: str) -> tuple[bool, int]:
     last = prefix.rstrip(".").rpartition(".")[2]
     shared = sum(1 for _ in _common(prefix.split("."), root.split(".")))
-    return last not in ("", *MODEL_KEYS), -shared, len(prefix), prefix
+    return last not in ("", *MODEL_KEYS), -shared
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from orchestrator.checkpoint.fields import corrupt
@@ -16,7 +17,7 @@ from orchestrator.checkpoint.formats.dcp_keys import (
     find_optimizers,
     is_statistic,
     lone_model_prefix,
-    model_prefix,
+    model_prefixes,
     plain,
 )
 from orchestrator.checkpoint.formats.dcp_metadata import Inventory, Saved
@@ -47,6 +48,8 @@ class Naming:
         self.numbers: dict[str, dict[int, str]] = {}
         """Optimizer -> number of a parameter -> its name, where the optimizer numbers them."""
         self.trained: set[str] = set()
+        self.claimed: set[str] = set()
+        """Keys of the model that an optimizer trains."""
         self.steps: list[float] = []
         self.groups: list[dict[str, Any]] = []
 
@@ -88,7 +91,25 @@ class Naming:
             self._replace_numbers(optimizer, prefix, [one for one in listed if type(one) is int])
             return prefix
         names = list(dict.fromkeys((*map(str, listed), *optimizer.states, *optimizer.flattened)))
-        return model_prefix(names, self.free, optimizer.root)
+        keys = [key for key in self.free if key not in self.claimed]
+        found = model_prefixes(names, keys, optimizer.root, partial(self._fits, optimizer))
+        if len(found) > 1 and len(self.optimizers) > 1:
+            raise CheckpointError(
+                f"{self.label} does not tell which of {_models(found)} the optimizer {optimizer.root.rstrip('.')} "
+                "trains, which have parameters of the same names and shapes: save each model and its optimizer in one "
+                'dictionary, as {"model": ..., "optim": ...}'
+            )
+        if found:
+            own = {plain(found[0] + name) for name in names}
+            self.claimed.update(key for key in keys if plain(key) in own)
+        return found[0] if found else None
+
+    def _fits(self, optimizer: Optimizer, name: str, key: str) -> bool:
+        """Whether the tensor at the key can be the optimizer's parameter, by the shapes of the parameter's states."""
+        tensors = self.inventory.tensors
+        states = [tensors[one].shape for one in optimizer.states.get(name, {}).values() if one in tensors]
+        solid = [shape for shape in states if shape]
+        return not solid or tensors[key].shape in solid or len(self.optimizers) == 1
 
     def _lone_prefix(self) -> str:
         return lone_model_prefix(self.free, self.inventory.paths)
@@ -305,6 +326,10 @@ class Naming:
                 f"{_some(floats)} without an optimizer state: read as frozen parameters, though they may be buffers or "
                 "other names of trained parameters, which such a checkpoint does not tell apart."
             )
+
+
+def _models(prefixes: Iterable[str]) -> str:
+    return " and ".join(prefix.rstrip(".") or "the model" for prefix in prefixes)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -99,7 +99,8 @@ def complete(
             kind = "buffer" if is_buffer else "parameter"
             held = stored(files, node, name)
             if name not in lost:
-                parameters[name] = Parameter(held.shape, kind, not is_buffer, held.dtype, {None: held})
+                frozen = not is_buffer and (bool(held.chunks) or name in module.frozen_shapes)  # else not optimized
+                parameters[name] = Parameter(held.shape, kind, frozen, held.dtype, {None: held})
     lost += [name for name in module.frozen_shapes if name not in parameters and name not in aliases]
     lost += [name for name in module.buffers or () if name not in parameters]
     if lost:

@@ -88,6 +88,37 @@ def test_frozen_and_tied_parameters_stay_tensors(tmp_path: Path) -> None:
     assert read(view, "head.weight") == read(view, "embed.weight")
 
 
+def adversaries(*widths: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The state of models whose parameters have the same names, and that of their optimizers."""
+    models = [nn.Sequential(nn.Linear(width, 3)) for width in widths]
+    weights, states = [], []
+    for model, width in zip(models, widths, strict=True):
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(2, width)).sum().backward()
+        optimizer.step()
+        mine = get_state_dict(model, optimizer)
+        weights.append(mine[0])
+        states.append(mine[1])
+    return weights, states
+
+
+def test_two_models_of_the_same_names_are_told_apart_by_shapes(tmp_path: Path) -> None:
+    weights, states = adversaries(4, 5)
+    saved = {"maker": weights[0], "judge": weights[1], "opt_judge": states[1], "opt_maker": states[0]}
+    view = opened(save(saved, tmp_path))
+    for name, own, mine in zip(("maker", "judge"), weights, states, strict=True):
+        assert read(view, f"{name}.0.weight") == own["0.weight"].numpy().tobytes()
+        moment = mine["state"]["0.weight"]["exp_avg"]
+        assert read(view, f"{name}.0.weight.exp_avg") == moment.numpy().tobytes()
+
+
+def test_two_models_that_nothing_tells_apart_are_refused(tmp_path: Path) -> None:
+    weights, states = adversaries(4, 4)
+    saved = {"maker": weights[0], "judge": weights[1], "opt_judge": states[1], "opt_maker": states[0]}
+    with pytest.raises(CheckpointError, match="does not tell which of judge and maker the optimizer opt_judge trains"):
+        opened(save(saved, tmp_path))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_an_optimizer_without_states_still_says_what_is_trained(tmp_path: Path, momentum: float) -> None:
     model, optimizer = trained(torch.optim.SGD, momentum=momentum)

@@ -247,3 +247,13 @@ def test_momentum_of_whole_parameters_on_every_rank_that_has_a_slice(tmp_path: P
     view = open_checkpoint(tmp_path)
     for name, momentum in made.states["momentum_buffer"].items():
         assert data_of(view, f"{name}.momentum_buffer") == raw(momentum.bfloat16())
+
+
+def test_a_parameter_without_elements_is_not_frozen_unless_the_files_say_so(tmp_path: Path) -> None:
+    made = model([[("a", (3, 2))]], frozen={"nothing": torch.empty(0, 5)})
+    save(tmp_path, made, Layout(1, 2))
+    view = open_checkpoint(tmp_path)
+    assert view.tensors["nothing"].shape == (0, 5)
+    assert not view.frozen
+    save(tmp_path, made, Layout(2, 2))
+    assert open_checkpoint(tmp_path).frozen == {"nothing"}
