@@ -36,8 +36,14 @@ from orchestrator.planner.transformer import (
 
 PRODUCTS = 0.82
 """Of the highest measured rate: what products of a training step reach when they are large."""
-PRODUCTS_FP8 = 0.72
+PRODUCTS_FP8 = 0.8
 """The same in fp8, casts and scales included."""
+PRODUCTS_FP4 = 0.42
+"""Of the peak in fp4, where no measured rate is published."""
+EXPOSED = 0.1
+"""Of the data-parallel traffic that could hide behind computing: what does not."""
+EXPOSED_GATHERS = 0.4
+"""The same where parameters are gathered layer by layer (ZeRO 3): the first and last ones, and shared memory paths."""
 ATTENTION = 0.55
 """Of the highest measured 16-bit rate: fused attention, forward and backward."""
 UNFUSED_ATTENTION = 0.25
@@ -56,6 +62,8 @@ ATTENTION_BACKWARD = 2.5
 """Operations of fused attention backward (scores are computed again) per operation forward."""
 OPTIMIZER_BYTES = 28
 """Traffic of one Adam update per parameter: four fp32 numbers read, three written."""
+INTERLEAVED = 0.3
+"""Of what the stages of an interleaved pipeline send: what does not overlap with other chunks."""
 GROUPED = 0.75
 """Of the rate of one product: the products of several experts in one launch."""
 
@@ -104,17 +112,24 @@ def collective_s(size_bytes: Floats, group: Ints, bytes_per_s: Floats, latency_s
     return np.where(group <= 1, 0.0, (group - 1) / group * size_bytes / (LINK * bytes_per_s) + hops * latency_s)
 
 
-def link(machine: Machine, span: Ints) -> Floats:
-    """Bytes per second and device of a group that spans so many devices in rank order."""
+def link(machine: Machine, span: Ints, stride: Ints | int = 1) -> Floats:
+    """Bytes per second and device of a group that spans so many devices in rank order and takes every `stride`-th.
+
+    Its members inside a domain share their network adapters: what comes in through one is handed on inside.
+    """
     device = machine.device
-    return np.where(span <= machine.domain, device.node_bytes_per_s, device.network_bytes_per_s)
+    members = np.maximum(machine.domain // stride, 1)
+    outside = np.minimum(device.node_bytes_per_s, members * device.network_bytes_per_s)
+    return np.where(span <= machine.domain, device.node_bytes_per_s, outside)
 
 
 def product_s(machine: Machine, numbers: Numbers, m: Any, n: Any, k: Any, share: float = 1.0) -> Floats:
     """Seconds of a product of m x k and k x n."""
     device = machine.device
     eighth = numbers.precision in ("fp8", "fp4") and device.fp8_flops_per_s > 0
+    fourth = numbers.precision == "fp4" and device.fp4_flops_per_s > 0
     rate = device.fp8_flops_per_s * PRODUCTS_FP8 if eighth else device.flops_per_s * PRODUCTS
+    rate = device.fp4_flops_per_s * PRODUCTS_FP4 if fourth else rate
     wide = 1.5 if eighth else device.number_bytes
     work = 2.0 * m * n * k / (rate * share)
     return np.asarray(work + wide * (m * n + m * k + n * k) / device.memory_bytes_per_s, np.float64)
@@ -126,14 +141,14 @@ def layer_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numb
     products = _products(model, machine, plans, numbers, tokens)
     scores, scores_back = _attention(model, machine, plans, numbers, tokens)
     passes = _elementwise_bytes(model, machine, plans, numbers) * tokens / (machine.device.memory_bytes_per_s * MEMORY)
-    overhead = machine.device.overhead_s / 3
+    overhead = (machine.device.overhead_s + numbers.overhead_s) / 3
     wide = machine.device.number_bytes
     around = tokens * model.hidden * wide
-    seen, hop_s = 1 - TENSOR_OVERLAP, machine.device.latency_s
+    seen, hop_s = 1 - (TENSOR_OVERLAP if numbers.fused else 0), machine.device.latency_s
     # Two all-gathers and two reduce-scatters, or two all-reduces.
     tensor = seen * 4 * collective_s(around, plans.tp, link(machine, plans.tp), hop_s)
     pair = 2 * key_value_size(model) / plans.tp * tokens * wide * plans.cp
-    spread = link(machine, plans.tp * plans.cp)
+    spread = link(machine, plans.tp * plans.cp, plans.tp)
     context = seen * collective_s(pair, plans.cp, spread, hop_s)
     backward = BACKWARD / 2 if numbers.frozen else BACKWARD
     return Layer(
@@ -211,8 +226,13 @@ def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, tokens: F
     device = machine.device
     size = tokens * model.experts_per_token * model.hidden * device.number_bytes / plans.tp
     inside = np.minimum(plans.ep, machine.domain / np.minimum(plans.tp, machine.domain)) / plans.ep
-    seconds = size * (inside / device.node_bytes_per_s + (1 - inside) / device.network_bytes_per_s) / LINK
-    return with_experts * 2 * np.where(plans.ep == 1, 0.0, seconds + 2 * device.latency_s)
+    # A token goes once to each domain that has an expert for it, and is handed on there.
+    domains = 1 / inside
+    distinct = domains * (1 - (1 - inside) ** model.experts_per_token) / model.experts_per_token
+    outside = (1 - inside) * distinct / device.network_bytes_per_s
+    seconds = size * (np.minimum(1 - 1 / plans.ep, 1) / device.node_bytes_per_s + outside) / LINK
+    seen = 1 - TENSOR_OVERLAP
+    return with_experts * 2 * np.where(plans.ep == 1, 0.0, seen * seconds + 2 * device.latency_s)
 
 
 def time_terms(
@@ -236,7 +256,9 @@ def time_terms(
     send = _send_s(model, machine, plans)
     scale = 1.0 if calibration is None else calibration.factors(machine.device.name, plans.tp, plans.micro_batch)
     data = _data_s(model, machine, plans, numbers)
-    hidden = machine.device.overlap * passes * (layers * once + output)
+    overlap = machine.device.overlap if numbers.fused else 0.0
+    exposed = np.where(plans.zero == 3, EXPOSED_GATHERS, EXPOSED)
+    hidden = overlap * passes * (layers * once + output)
     return TimeTerms(
         compute=scale * passes * (layers * once + output),
         recompute=scale * passes * layers * again,
@@ -246,7 +268,7 @@ def time_terms(
         pipeline=scale * passes * send,
         bubble=scale
         * np.where(plans.pp > 1, others / plans.interleave + (plans.pp - 1) * send / plans.interleave, 0.0),
-        data=np.maximum(0.0, data - hidden) + 0.1 * np.minimum(data, hidden),
+        data=np.maximum(0.0, data - hidden) + exposed * np.minimum(data, hidden),
         optimizer=_optimizer_s(model, machine, plans, numbers),
     )
 
@@ -268,9 +290,10 @@ def _logits_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Nu
 def _send_s(model: ModelSpec, machine: Machine, plans: Candidates) -> Floats:
     """Activations to the next stage and gradients back, per micro-batch."""
     size = plans.micro_batch * (model.seq_length / plans.cp) * model.hidden * machine.device.number_bytes / plans.tp
-    apart = link(machine, plans.devices // np.maximum(plans.pp, 1) * 2)
+    apart = link(machine, plans.devices // np.maximum(plans.pp, 1) * 2, machine.domain)
     once = size / (LINK * apart) + machine.device.latency_s
-    return np.where(plans.pp > 1, 2 * plans.interleave * once, 0.0) * (1 - TENSOR_OVERLAP)
+    seen = np.where(plans.interleave > 1, INTERLEAVED, 1.0)
+    return np.where(plans.pp > 1, 2 * plans.interleave * once, 0.0) * seen
 
 
 def _stage_weights(model: ModelSpec, plans: Candidates) -> tuple[Floats, Floats, Floats]:
@@ -292,17 +315,17 @@ def _data_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numb
     trained = 0.0 if numbers.frozen else 1.0
     group = plans.dp_shard * plans.cp
     hop_s = device.latency_s * np.where(plans.zero == 3, layers, 1)
-    near = link(machine, plans.tp * group)
+    near = link(machine, plans.tp * group, plans.tp)
     passes = np.where(plans.zero == 3, 2 * np.where(plans.pp == 1, plans.micro_batches, 1), trained)
     rare = np.maximum(group // plans.ep, 1)
-    gradient = numbers.gradient_bytes * trained
+    gradient = min(numbers.gradient_bytes, 4) * trained
 
     def over(size: Floats, members: Ints) -> Floats:
         gather = passes * collective_s(size * device.number_bytes, members, near, 0.0)
         return gather + collective_s(size * gradient, members, near, 0.0)
 
     hops = np.where(group > 1, np.ceil(np.log2(np.maximum(group, 1))) * hop_s * (passes + trained), 0.0)
-    far = link(machine, plans.devices // np.maximum(plans.pp, 1))
+    far = link(machine, plans.devices // np.maximum(plans.pp, 1), plans.tp * group)
     share = (weights + experts) * gradient / np.where(plans.zero >= 2, plans.dp_shard, 1)
     average = 2 * collective_s(share, plans.dp_replicate, far, device.latency_s)
     return over(weights, group) + over(experts, rare) + hops + average

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import inf
 
 import numpy as np
@@ -46,8 +47,8 @@ class Row:
     dp_shard: int | None = None
     """None = all data-parallel ranks."""
     zero: int = 1
-    recomputation: int = 0
-    """Index into `RECOMPUTATIONS`."""
+    recomputation: int | None = 0
+    """Index into `RECOMPUTATIONS`; None as with `pp`."""
     measured_s: float | None = None
     measured_bytes: float | None = None
     out_of_memory: bool = False
@@ -112,6 +113,7 @@ def _plans(row: Row) -> Candidates:
     per_stage = max(1, row.devices // (row.tp * row.cp))
     stages = [row.pp] if row.pp else [pp for pp in range(1, row.model.layers + 1) if per_stage % pp == 0]
     sizes = [row.micro_batch] if row.micro_batch else [1, 2, 4]
+    again = range(3) if row.recomputation is None else [row.recomputation]
     found = []
     for pp in stages:
         dp = max(1, per_stage // pp)
@@ -123,9 +125,9 @@ def _plans(row: Row) -> Candidates:
         for size in sizes:
             passes = max(1, -(-row.global_batch // (dp * size)))
             middle = split[1] if pp > 2 else 0
-            for interleave in chunks:
+            for interleave, recomputation in product(chunks, again):
                 found.append((
                     pp, interleave, dp // shards, shards, row.cp, row.tp, min(row.ep, dp * row.cp * row.tp), row.zero,
-                    size, passes, row.recomputation, split[0], middle, split[-1],
+                    size, passes, recomputation, split[0], middle, split[-1],
                 ))  # fmt: skip
     return Candidates(*np.array(found, np.int64).T)

@@ -27,6 +27,8 @@ class Device:
     """Highest measured in bf16 matrix products."""
     fp8_flops_per_s: float
     """The same in fp8; 0 = has none, so that fp8 runs at the speed of bf16."""
+    fp4_flops_per_s: float
+    """Of dense fp4 products, as the vendor says; 0 = has none."""
     memory_bytes: int
     """0 = depends on the host: only what nodes report counts."""
     memory_bytes_per_s: float
@@ -50,35 +52,48 @@ def _gpu(
     name: str,
     peak: float,
     measured: float,
-    fp8: float,
+    narrow: tuple[float, float],
     gigabytes: int,
     terabytes_per_s: float,
     links: tuple[float, float],
     domain: int = 8,
 ) -> Device:
-    """TFLOP/s, TFLOP/s, TFLOP/s, GiB, TB/s, (GB/s inside, GB/s outside)."""
+    """TFLOP/s, TFLOP/s, TFLOP/s (in fp8, in fp4), GiB, TB/s, GB/s (inside, outside)."""
     return Device(
-        name, "nccl", peak * 1e12, measured * 1e12, fp8 * 1e12, gigabytes * GIB, terabytes_per_s * 1e12,
-        links[0] * 1e9, links[1] * 1e9, 1e-5, 5e-5, 0.7, 2, domain,
-    )  # fmt: skip
+        name=name,
+        backend="nccl",
+        peak_flops_per_s=peak * 1e12,
+        flops_per_s=measured * 1e12,
+        fp8_flops_per_s=narrow[0] * 1e12,
+        fp4_flops_per_s=narrow[1] * 1e12,
+        memory_bytes=gigabytes * GIB,
+        memory_bytes_per_s=terabytes_per_s * 1e12,
+        node_bytes_per_s=links[0] * 1e9,
+        network_bytes_per_s=links[1] * 1e9,
+        latency_s=1e-5,
+        overhead_s=5e-5,
+        overlap=0.7,
+        number_bytes=2,
+        domain=domain,
+    )
 
 
 CATALOGUE = {
     device.name: device
     for device in (
-        Device("cpu", "gloo", 3e10, 3e10, 0, 0, 1e10, 1e9, 1e9, 2e-4, 1e-3, 0.0, 4, 1_000_000),
-        _gpu("v100", 125, 100, 0, 32, 0.9, (150, 12.5)),
-        _gpu("a100-40gb", 312, 271.2, 0, 40, 1.555, (300, 25)),
-        _gpu("a100", 312, 271.2, 0, 80, 2.0, (300, 25)),
-        _gpu("h100-hbm2e", 989, 794.5 * 0.85, 1402.6 * 0.85, 96, 2.4, (450, 50)),
-        _gpu("h100", 989, 794.5, 1402.6, 80, 3.35, (450, 50)),
-        _gpu("h200", 989, 794.5, 1453.4, 141, 4.8, (450, 50)),
-        _gpu("gh200", 989, 828.6, 1535.0, 96, 4.0, (450, 25), 4),
-        _gpu("b200", 2250, 1745, 3432.5, 180, 8.0, (900, 50)),
-        _gpu("b300", 2250, 1769, 3353.3, 288, 8.0, (900, 100)),
-        _gpu("gb200", 2500, 1822, 3615.6, 186, 8.0, (900, 50), 72),
-        _gpu("gb300", 2500, 1822, 3615.6, 288, 8.0, (900, 100), 72),
-        _gpu("mi300x", 1307, 1307 * 0.6, 2614 * 0.55, 192, 5.3, (448, 50)),
+        Device("cpu", "gloo", 3e10, 3e10, 0, 0, 0, 1e10, 1e9, 1e9, 2e-4, 1e-3, 0.0, 4, 1_000_000),
+        _gpu("v100", 125, 100, (0, 0), 32, 0.9, (150, 12.5)),
+        _gpu("a100-40gb", 312, 271.2, (0, 0), 40, 1.555, (300, 25)),
+        _gpu("a100", 312, 271.2, (0, 0), 80, 2.0, (300, 25)),
+        _gpu("h100-hbm2e", 989, 794.5 * 0.68, (1402.6 * 0.68, 0), 96, 2.4, (450, 50)),
+        _gpu("h100", 989, 794.5, (1402.6, 0), 80, 3.35, (450, 50)),
+        _gpu("h200", 989, 794.5, (1453.4, 0), 141, 4.8, (450, 50)),
+        _gpu("gh200", 989, 828.6, (1535.0, 0), 96, 4.0, (450, 25), 4),
+        _gpu("b200", 2250, 1745, (3432.5, 9000), 180, 8.0, (900, 50)),
+        _gpu("b300", 2250, 1769, (3353.3, 12600), 288, 8.0, (900, 100)),
+        _gpu("gb200", 2500, 1822, (3615.6, 10000), 186, 8.0, (900, 50), 72),
+        _gpu("gb300", 2500, 1822 * 1.2, (3615.6 * 1.2, 15000), 288, 8.0, (900, 100), 72),
+        _gpu("mi300x", 1307, 1307 * 0.6, (2614 * 0.55, 0), 192, 5.3, (448, 50)),
     )
 }
 """Devices by name. `h100-hbm2e` is the 500 W part with 96 GB; its measured product is scaled by its power."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from orchestrator.core.spec import ModelSpec
 from orchestrator.planner.candidates import Candidates, Floats, Ints
-from orchestrator.planner.hardware import GIB, Machine
+from orchestrator.planner.hardware import Machine
 from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.transformer import (
     attention_parameters,
@@ -33,10 +33,8 @@ from orchestrator.planner.transformer import (
 
 USABLE = 0.93
 """Share of a device's memory that a plan may fill: the rest is for fragmentation and the model's error."""
-CONSTANT_BYTES = 4.5 * GIB
-"""What a process has on a GPU before the first tensor, and never gives back: context, libraries, collective buffers."""
-LOGIT_BYTES = 8
-"""Logits and their gradient in fp32, beside the copy in the working type."""
+LOGIT_BYTES = 10
+"""Logits in fp32 and their gradient in both types, beside the logits in the working type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ def kept_bytes(model: ModelSpec, plans: Candidates, numbers: Numbers, wide: int)
                                                        full])  # fmt: skip
 
 
-_SELECTIVE = 0.65
+_SELECTIVE = 0.45
 """Of all activations, with fused attention: outputs of products are kept, elementwise ones computed again."""
 
 
@@ -142,21 +140,25 @@ def _stage(
     divided = np.where(plans.zero >= 1, owned, weights)
     trained = 0.0 if numbers.frozen else 1.0
     states = trained * numbers.optimizer_bytes * divided
-    gradients = trained * numbers.gradient_bytes * np.where(plans.zero >= 2, owned, weights)
+    summed = np.where((plans.zero >= 2) & (plans.pp > 1) & (plans.dp_shard > 1), wide * weights, 0.0)
+    gradients = trained * (numbers.gradient_bytes * np.where(plans.zero >= 2, owned, weights) + summed)
     one = (shared + expert / plans.ep) / tp
-    whole = np.where(plans.zero == 3, np.minimum(weights, 2 * np.maximum(one, table / tp)), weights)
+    # In a pipeline nothing is gathered again for every micro-batch, and gradients are summed before they are scattered.
+    whole = np.where((plans.zero == 3) & (plans.pp == 1), np.minimum(weights, 2 * np.maximum(one, table / tp)), weights)
     # A lone fp32 shard is used where it lies; anything else is gathered, or cast to 16 bits.
     parameters = np.where((plans.dp_shard == 1) & (wide == 4), 0.0, wide * whole)
+    # Older pipelines keep a stage's output, too, until its gradient is there.
+    output_bytes = np.where((plans.pp > 1) & (not numbers.fused), wide * model.hidden * tokens, 0.0)
     unit = kept * tokens
     chunks = np.where(plans.interleave > 1, 1 + (plans.pp - 1) / (plans.pp * plans.interleave), 1.0)
     waiting = np.minimum(plans.micro_batches, depth) * chunks
-    activations = layers * unit
-    in_flight = layers * unit * np.maximum(waiting - 1, 0.0)
+    activations = layers * unit + output_bytes
+    in_flight = activations * np.maximum(waiting - 1, 0.0)
     again = np.where(plans.recomputation == 0, 0.0, 1.0)
     working = again * (everything - kept) * tokens + 2 * wide * tokens * model.hidden
     vocabulary = (LOGIT_BYTES + wide) * tokens * model.vocab / tp
     logits = np.where(output, vocabulary, 0.0)
-    constant = np.zeros_like(states) + (CONSTANT_BYTES if machine.device.backend == "nccl" else 0)
+    constant = np.zeros_like(states) + (numbers.process_bytes if machine.device.backend == "nccl" else 0)
     buckets = np.where(plans.zero == 3, 2 * wide * np.maximum(one, 0), 0.0)
     return np.stack([states, gradients, parameters, activations, in_flight, logits, working, buckets, constant])
 

@@ -46,8 +46,8 @@ MODELS = {
     "gpt-oss-120b": _experts(_dense(36, 2880, 64, 8, 2880, 201088, 4096), 64, 128, 4, 2880),
     "deepseek-v3": _experts(_dense(61, 7168, 128, 20, 18432, 129280, 4096), 96, 256, 8, 2048, 2048, 3),
     "kimi-k2": _experts(_dense(61, 7168, 64, 28, 18432, 163840, 4096), 128, 384, 8, 2048, 2048, 1),
-    "nemotron-3-nano": _experts(_dense(52, 2688, 32, 2, 1856, 131072, 8192, gated=False), 128, 128, 6, 850, 1700),
-    "nemotron-3-super": _experts(_dense(88, 4096, 32, 2, 5376, 131072, 8192, gated=False), 128, 512, 22, 550, 1200),
+    "nemotron-3-nano": _experts(_dense(52, 2688, 32, 2, 1856, 131072, 8192, gated=False), 128, 56, 3, 1856, 2130),
+    "nemotron-3-super": _experts(_dense(88, 4096, 32, 2, 5376, 131072, 8192, gated=False), 128, 32, 2, 4800, 4800),
 }
 """Published models by a plain name; the sequence is the usual one of pre-training."""
 

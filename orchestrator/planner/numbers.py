@@ -24,4 +24,20 @@ class Numbers:
     frozen: bool = False
     """Only small adapters are trained (LoRA): no gradients, states or weight products of the model itself."""
     fused: bool = True
-    """Elementwise operations are compiled or fused into few passes over memory."""
+    """Elementwise operations are compiled or fused into few passes over memory, and collectives overlap products."""
+    process_bytes: int = 5 * 1024**3
+    """What a process has on a GPU beside tensors, and what fragments: context, libraries, collective buffers."""
+    overhead_s: float = 0.0
+    """Of each layer and micro-batch, beside the device's: Python, synchronisation."""
+
+
+SOFTWARE_2022 = Numbers(
+    gradient_bytes=2,
+    optimizer_bytes=16,
+    fused_attention=False,
+    sequence_parallel=False,
+    fused=False,
+    process_bytes=9 * 1024**3,
+    overhead_s=6e-3,
+)
+"""Megatron-DeepSpeed as BLOOM was trained with it: the optimizer's step takes a copy of its gradients in fp32."""

@@ -8,8 +8,8 @@ Columns, all but the first five optional; an empty cell is a missing column:
 - `tp, pp, vpp, cp, ep, mbs`: 1 where missing, but `pp` and `mbs` where missing, and `vpp` of a schedule that says it
   interleaves, are chosen as the fastest that fit; the data-parallel size is what is left of `n_gpus`
 - `fsdp`: ranks that share states (else all data-parallel ones); `zero_stage`: else 3 with `fsdp`, 1 without
-- `recompute`: `full`, `selective...` or anything else for none; `schedule`: `DeepSpeed` in it stands for the software
-  of 2022, without fused attention and sequence parallelism; `precision`: contains fp4, fp8, bf16, fp16 or fp32
+- `recompute`: `full`, `selective...`, or `none`; empty = the fastest that fits; `precision`: contains fp4, fp8, bf16,
+  fp16 or fp32; `schedule`: `DeepSpeed` in it stands for the software of 2022 (`numbers.SOFTWARE_2022`)
 - `interconnect`: `4x100Gb/s ... per node` or `400Gb/s ... per GPU` replaces the catalogue's network
 - the step: `iter_time_s`, else `tokens_per_s_per_gpu`, else `tflops_per_gpu` with `tflops_kind` (`model`, or `hardware`
   where the second forward pass of full recomputation counts); `mem_gib`; `oom` (1 = it ran out of memory)
@@ -27,7 +27,7 @@ from orchestrator.core.spec import ModelSpec
 from orchestrator.planner.evaluate import Row, measured_flops
 from orchestrator.planner.hardware import CATALOGUE, GIB, Machine, find
 from orchestrator.planner.models import MODELS, known
-from orchestrator.planner.numbers import Numbers
+from orchestrator.planner.numbers import SOFTWARE_2022, Numbers
 
 NODE = 8
 """Devices of a node, where nothing says otherwise."""
@@ -93,6 +93,8 @@ class _Cells:
         devices, batch = self.needed("n_gpus"), self.needed("gbs")
         tp, cp = self.count("tp", 1) or 1, self.count("cp", 1) or 1
         pp = self.count("pp")
+        while devices // (tp * cp * (pp or 1)) > batch and devices % (2 * tp * cp * (pp or 1)) == 0:
+            cp *= 2  # more ranks than samples: they can but share sequences
         if devices % (tp * cp * (pp or 1)):
             raise self.wrong("n_gpus", f"no multiple of tp {tp} x pp {pp or 1} x cp {cp}")
         shards = int(self.number("fsdp", 0) or 0)
@@ -157,11 +159,12 @@ class _Cells:
         said, schedule = self.text("precision").lower(), self.text("schedule").lower()
         precision = next((one for one in ("fp4", "fp8", "fp16", "fp32") if one in said.split("+")[0]), "bf16")
         old = "deepspeed" in schedule
-        gradient = 2 if precision == "fp16" or (old and "fp32 grad" not in said) else 4
+        gradient = 4
+        if old:  # summed in the type of the products, or in fp32 beside them
+            gradient = 6 if "fp32 grad" in said else 2
         adapters = "lora" in f"{self.text('notes')} {self.text('task')}".lower()
-        return Numbers(
-            precision, gradient, fused_attention=not old, sequence_parallel=not old, frozen=adapters, fused=not old
-        )
+        software = SOFTWARE_2022 if old else Numbers()
+        return replace(software, precision=precision, gradient_bytes=gradient, frozen=adapters)
 
     def _seconds(self, row: Row) -> float | None:
         """The measured step."""
@@ -175,5 +178,7 @@ class _Cells:
         return None
 
 
-def _recomputation(said: str) -> int:
+def _recomputation(said: str) -> int | None:
+    if not said or "/" in said:
+        return None
     return 2 if said.startswith("full") else 1 if said.startswith("selective") else 0

@@ -58,13 +58,13 @@ def test_a_change_that_would_not_be_enough_is_not_named() -> None:
     answer = infeasible(job(dp_shard=8, global_batch=4), nodes(4))
     assert "a batch of 4 cannot feed 8 data-parallel replicas" in answer.reason
     assert answer.needs.startswith("spec.parallelism.dp_shard that allows ")
-    spec = job(LLAMA_405B, tp=8, pp=2, global_batch=64)
-    small = infeasible(spec, nodes(1, 8, "h100"))
-    assert "the smallest legal mesh (pp 2 x tp 8) needs 16 devices" in small.reason
+    spec = job(LLAMA_405B, tp=8, pp=4, global_batch=64)
+    small = infeasible(spec, nodes(3, 8, "h100"))
+    assert "the smallest legal mesh (pp 4 x tp 8) needs 32 devices" in small.reason
     more = re.fullmatch(r"(\d+) more nodes", small.needs)  # one would be enough devices, but not enough memory
     assert more is not None
-    assert planned(spec, nodes(1 + int(more[1]), 8, "h100"))
-    assert infeasible(spec, nodes(int(more[1]), 8, "h100"))
+    assert planned(spec, nodes(3 + int(more[1]), 8, "h100"))
+    assert infeasible(spec, nodes(2 + int(more[1]), 8, "h100"))
 
 
 def test_the_missing_devices_are_enough() -> None:
@@ -82,9 +82,10 @@ def test_too_little_memory_names_devices_that_would_do() -> None:
     spec = job(LLAMA_70B, global_batch=1024)
     answer = infeasible(spec, nodes(1, 8, "h100"))
     assert " of 80 GiB may be filled" in answer.reason
-    assert answer.needs == "1 more node"
+    assert answer.needs == "2 more nodes"
+    assert infeasible(spec, nodes(2, 8, "h100"))
     assert any("needs" in item.reason for item in answer.rejected)
-    assert planned(spec, nodes(2, 8, "h100")).plan.memory_bytes <= USABLE * 80 * GIB
+    assert planned(spec, nodes(3, 8, "h100")).plan.memory_bytes <= USABLE * 80 * GIB
 
 
 def test_too_little_memory_that_no_number_of_devices_heals() -> None:
