@@ -4,37 +4,73 @@ from __future__ import annotations
 
 import json as jsonlib
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from orchestrator.cli.options import JobFile, Json
+from orchestrator.cli.options import Json
 from orchestrator.core.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from orchestrator.core.types import NodeCapacity
     from orchestrator.planner import Candidate, Infeasible, Planned
+    from orchestrator.planner.calibration import Calibration
 
 _NODES = "Nodes x devices : kind, for example 7x8:h100, or 3x8:h100,1x4:h100. Kind: a name of the catalogue; else cpu."
 _LOSE = "Then lose these nodes: a number of them, or names (node-3,node-5). Repeatable for one loss after another."
 _LADDER = "Then the plans for so many losses more, as a running job has them ready."
+_EVALUATE = "Instead of planning: a table (CSV) of measured runs; predictions are shown beside them. Repeatable."
+_CALIBRATE = "With --evaluate: add what the measured steps teach to this file."
+_CALIBRATION = "Correct estimates by what --calibrate or a running job has kept in this file."
 _GROUP = re.compile(r"([1-9]\d{0,4})(?:x([1-9]\d{0,3}))?(?::([A-Za-z0-9][\w .-]*))?")
 
 
 def plan(
-    job: JobFile,
+    job: Annotated[Path | None, Parameter(help="The job file; none with --evaluate.")] = None,
     /,
     *,
-    nodes: Annotated[str, Parameter(help=_NODES)],
+    nodes: Annotated[str | None, Parameter(help=_NODES)] = None,
     lose: Annotated[list[str] | None, Parameter(negative="", help=_LOSE)] = None,
     ladder: Annotated[int, Parameter(help=_LADDER, validator=Number(gte=0))] = 0,
+    evaluate: Annotated[list[Path] | None, Parameter(negative="", help=_EVALUATE)] = None,
+    calibrate: Annotated[Path | None, Parameter(help=_CALIBRATE)] = None,
+    calibration: Annotated[Path | None, Parameter(help=_CALIBRATION)] = None,
     json: Json = False,
 ) -> None:
     """Rank the plans for a job on a set of nodes, and the plans after losses; every plan says why.
 
     Example: regrow plan job.yaml --nodes 7x8:h100 --lose node-3 --ladder 4
+
+    With --evaluate it compares predicted with measured step times and memory of given plans, one a line. Columns:
+    row_id, model (a known name) or layers, hidden, heads, kv_heads, ffn_hidden, gated, tied, vocab; seq, gpu, n_gpus,
+    tp, pp, vpp, cp, ep, fsdp, zero_stage, mbs, gbs, recompute, precision, schedule, interconnect; and as measured:
+    iter_time_s, or tokens_per_s_per_gpu, or tflops_per_gpu with tflops_kind; mem_gib; oom (1 = ran out of memory).
+    Needed are gpu, n_gpus, gbs and the model; the README says more.
+
+    Example: regrow plan --evaluate rows.csv --calibrate learnt.json
     """
+    from orchestrator.cli import evaluate as tables
+    from orchestrator.planner.calibration import Calibration
+
+    learnt = tables.load(calibration) if calibration else Calibration()
+    if evaluate:
+        if job is not None or nodes is not None or lose or ladder:
+            raise InvalidInput("--evaluate takes no job file, --nodes, --lose or --ladder: leave them out")
+        tables.evaluate(evaluate, learnt, calibrate, json)
+        return
+    if calibrate is not None:
+        raise InvalidInput("--calibrate is for --evaluate: name a table of measured runs with it")
+    if job is None or nodes is None:
+        missing = "the job file is" if job is None else "--nodes is"
+        raise InvalidInput(f"{missing} missing: give regrow plan JOB.yaml --nodes 7x8:h100, or --evaluate ROWS.csv")
+    _plan(job, nodes, lose or [], ladder, learnt, json)
+
+
+def _plan(job: Path, nodes: str, lose: Sequence[str], ladder: int, learnt: Calibration, json: bool) -> None:
     from rich.console import Console
 
     from orchestrator import jobfile, planner
@@ -42,14 +78,14 @@ def plan(
 
     spec = jobfile.load(job)
     capacity = capacity_of(nodes)
-    found = _found(planner.plan(spec, capacity))
+    found = _found(planner.plan(spec, capacity, calibration=learnt))
     rounds = [("at first", found)]
-    for text in lose or []:
+    for text in lose:
         gone = _lost(text, [node.node for node in capacity])
         capacity = [node for node in capacity if node.node not in gone]
-        found = _found(planner.plan(spec, capacity, found.plan, found.assignment))
+        found = _found(planner.plan(spec, capacity, found.plan, found.assignment, learnt))
         rounds.append((f"without {', '.join(gone)}", found))
-    rungs = planner.ladder(spec, capacity, found, ladder)
+    rungs = planner.ladder(spec, capacity, found, ladder, learnt)
     if json:
         shown = {"rounds": [{"when": when} | _data(one) for when, one in rounds]}
         print(jsonlib.dumps(shown | {"ladder": [_rung(losses, rung) for losses, rung in enumerate(rungs, 1)]}))

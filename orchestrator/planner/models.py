@@ -38,9 +38,11 @@ MODELS = {
     "gpt3-20b": _dense(44, 6144, 48, 48, 24576, 51200, 2048, gated=False),
     "gpt3-175b": _dense(96, 12288, 96, 96, 49152, 51200, 2048, gated=False),
     "nemotron-8b": _dense(32, 4096, 32, 32, 16384, 256000, 4096, gated=False),
+    "nemotron-15b": _dense(32, 6144, 48, 8, 24576, 256000, 4096, gated=False),
     "nemotron-22b": _dense(40, 6144, 48, 48, 24576, 256000, 4096, gated=False),
     "nemotron-340b": _dense(96, 18432, 96, 8, 73728, 256000, 4096, gated=False),
     "mixtral-8x7b": _experts(_dense(32, 4096, 32, 8, 14336, 32000, 4096), 128, 8, 2, 14336),
+    "mixtral-8x22b": _experts(_dense(56, 6144, 48, 8, 16384, 32768, 4096), 128, 8, 2, 16384),
     "qwen3-30b-a3b": _experts(_dense(48, 2048, 32, 4, 6144, 151936, 4096), 128, 128, 8, 768),
     "qwen3-235b-a22b": _experts(_dense(94, 4096, 64, 4, 12288, 151936, 4096), 128, 128, 8, 1536),
     "gpt-oss-120b": _experts(_dense(36, 2880, 64, 8, 2880, 201088, 4096), 64, 128, 4, 2880),
@@ -52,7 +54,10 @@ MODELS = {
 """Published models by a plain name; the sequence is the usual one of pre-training."""
 
 
-_SPELLINGS = (("llama2", "llama-2"), ("llama3", "llama-3"), ("3.1", "3"), ("deepseekv", "deepseek-v"))
+_SPELLINGS = (
+    *(("llama2", "llama-2"), ("llama31", "llama-3"), ("llama3", "llama-3"), ("3.1", "3"), ("deepseekv", "deepseek-v")),
+    *(("nemotron3-", "nemotron-"), ("nemotron4-", "nemotron-")),
+)
 
 
 def known(name: str) -> ModelSpec | None:

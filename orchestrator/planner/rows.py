@@ -2,7 +2,9 @@
 
 Columns, all but the first five optional; an empty cell is a missing column:
 
-- `row_id`, `gpu` (a name that contains one of the catalogue: `A100-80G`), `n_gpus`, `gbs` (samples per step), `seq`
+- `row_id`, `gpu` (a name that contains one of the catalogue: `A100-80G`), `n_gpus`, `gbs` (samples per step), `seq`;
+  without `row_id` the line's number; names of other tools are understood, too: `num_gpus`, `seq_len`, `system`,
+  `dtype`, `tp_size`, `pp_size`, `cp_size`, `ep_size`, `vp_size`, and `model` with `size` (`llama3`, `70b`)
 - `model` (a known name) or `layers, hidden, heads, vocab` and, where they are not heads, 4 x hidden and no gate:
   `kv_heads, ffn_hidden, gated` (1 or 0), `tied` (1 or 0, else tied where the model is not of the Llama family)
 - `tp, pp, vpp, cp, ep, mbs`: 1 where missing, but `pp` and `mbs` where missing, and `vpp` of a schedule that says it
@@ -20,13 +22,13 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from orchestrator.core.errors import InvalidInput
 from orchestrator.core.spec import ModelSpec
 from orchestrator.planner.evaluate import Row, measured_flops
 from orchestrator.planner.hardware import CATALOGUE, GIB, Machine, find
-from orchestrator.planner.models import MODELS, known
+from orchestrator.planner.models import known
 from orchestrator.planner.numbers import SOFTWARE_2022, Numbers
 
 NODE = 8
@@ -35,15 +37,52 @@ _PER_NODE = re.compile(r"(\d+)\s*x\s*(\d+)\s*Gb/s[^;,]*per node", re.IGNORECASE)
 _PER_DEVICE = re.compile(r"(\d+)\s*Gb/s[^;,]*per GPU", re.IGNORECASE)
 
 
-def parse_rows(text: str, name: str) -> list[Row]:
-    """The rows of the table `text`, which errors call `name`; raises `InvalidInput` naming line and column."""
+_ALSO = {"n_gpus": "num_gpus", "seq": "seq_len", "gpu": "system", "precision": "dtype", "vpp": "vp_size"} | {
+    axis: f"{axis}_size" for axis in ("tp", "pp", "cp", "ep")
+}
+"""Names of columns in the tables of other tools."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that is well written but says nothing that can be estimated; `reason` names the line."""
+
+    row_id: str
+    reason: str
+
+
+class _NotEstimated(InvalidInput):
+    """An unknown model or device, or a mesh that does not divide the devices."""
+
+
+def read_rows(text: str, name: str) -> list[Row | Refused]:
+    """The rows of the table `text`, in order; errors call it `name`.
+
+    Raises `InvalidInput` naming line and column where a cell cannot be read: then the table itself is wrong.
+    """
     try:
         records = list(csv.DictReader(text.splitlines(), strict=True))
     except csv.Error as error:
         raise InvalidInput(f"{name} is not CSV ({error}): give a table with a header line") from error
     if not records:
         raise InvalidInput(f"{name} holds no row: give a header line and at least one measurement")
-    return [_Cells(name, number, record).row() for number, record in enumerate(records, start=2)]
+    return [_read(_Cells(name, number, record)) for number, record in enumerate(records, start=2)]
+
+
+def parse_rows(text: str, name: str) -> list[Row]:
+    """The rows that can be estimated; raises `InvalidInput` as `read_rows`, and where there is none."""
+    found = read_rows(text, name)
+    rows = [one for one in found if isinstance(one, Row)]
+    if not rows:
+        raise InvalidInput("; ".join(one.reason for one in found[:1] if isinstance(one, Refused)))
+    return rows
+
+
+def _read(cells: _Cells) -> Row | Refused:
+    try:
+        return cells.row()
+    except _NotEstimated as error:
+        return Refused(cells.row_id, str(error))
 
 
 class _Cells:
@@ -54,9 +93,10 @@ class _Cells:
             str(name).strip(): (value or "").strip() for name, value in cells.items() if isinstance(value, str)
         }
         self.where = f"{name}, line {line}"
+        self.row_id = self.text("row_id") or str(line)
 
     def text(self, name: str) -> str:
-        return self.cells.get(name, "")
+        return self.cells.get(name, "") or self.cells.get(_ALSO.get(name, name), "")
 
     def number(self, name: str, default: float | None = None) -> float | None:
         text = self.text(name)
@@ -96,11 +136,13 @@ class _Cells:
         while devices // (tp * cp * (pp or 1)) > batch and devices % (2 * tp * cp * (pp or 1)) == 0:
             cp *= 2  # more ranks than samples: they can but share sequences
         if devices % (tp * cp * (pp or 1)):
-            raise self.wrong("n_gpus", f"no multiple of tp {tp} x pp {pp or 1} x cp {cp}")
+            raise _NotEstimated(
+                f"{self.where}: n_gpus {devices} is no multiple of tp {tp} x pp {pp or 1} x cp {cp}: correct one"
+            )
         shards = int(self.number("fsdp", 0) or 0)
         recompute, schedule = self.text("recompute").lower(), self.text("schedule").lower()
         row = Row(
-            row_id=self.text("row_id") or self.where.rpartition(" ")[2],
+            row_id=self.row_id,
             model=model, machine=machine, numbers=self._numbers(), devices=devices, global_batch=batch, tp=tp, pp=pp,
             interleave=self.count("vpp") or (None if "interleaved" in schedule else 1), micro_batch=self.count("mbs"),
             cp=cp, ep=self.count("ep", 1) or 1, dp_shard=shards if shards > 1 else None,
@@ -116,14 +158,14 @@ class _Cells:
         return int(stage)
 
     def _model(self) -> ModelSpec:
-        name, seq = self.text("model"), self.count("seq")
+        name, seq = " ".join(filter(None, (self.text("model"), self.text("size")))), self.count("seq")
         model = known(name)
         if self.text("layers") and self.text("hidden"):
             model = self._described(model, name)
         if model is None:
-            raise InvalidInput(
-                f"{self.where}: the model {name[:60]!r} is not known and has no layers and hidden: add the columns "
-                f"layers, hidden, heads and vocab, or name one of {', '.join(MODELS)}"
+            raise _NotEstimated(
+                f"{self.where}: the model {name[:60]!r} is not known: name one of the README's, or add the "
+                "columns layers, hidden, heads and vocab"
             )
         return replace(model, seq_length=seq or model.seq_length)
 
@@ -147,7 +189,7 @@ class _Cells:
         name = self.text("gpu")
         device = find(name)
         if device is None:
-            raise InvalidInput(f"{self.where}: the gpu {name[:40]!r} is not known: known are {', '.join(CATALOGUE)}")
+            raise _NotEstimated(f"{self.where}: the gpu {name[:40]!r} is not known: known are {', '.join(CATALOGUE)}")
         said, network = self.text("interconnect"), None
         if match := _PER_NODE.search(said):
             network = int(match[1]) * int(match[2]) / 8 * 1e9 / NODE
