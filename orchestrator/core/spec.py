@@ -34,8 +34,12 @@ class ModelSpec:
     """Intermediate size of one expert; `ffn_hidden` is that of the dense layers."""
     shared_hidden: int = 0
     """Intermediate size of what every token of such a layer passes besides (shared experts)."""
+    expert_input: int | None = None
+    """Size that routed experts work on, where a token is brought to a smaller one first; None = `hidden`."""
     dense_layers: int = 0
     """How many of `layers` have no experts (the first ones)."""
+    full_attention_layers: int | None = None
+    """How many of `layers` look at every earlier token; the others see a short window or keep a state. None = all."""
 
 
 @dataclass(frozen=True, slots=True)

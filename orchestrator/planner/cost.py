@@ -23,6 +23,8 @@ from orchestrator.planner.hardware import Machine
 from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.transformer import (
     attention_parameters,
+    attention_share,
+    expert_input,
     expert_layers,
     expert_parameters,
     feed_forward_parameters,
@@ -34,18 +36,16 @@ from orchestrator.planner.transformer import (
     vocabulary_parameters,
 )
 
-PRODUCTS = 0.82
+PRODUCTS = 0.81
 """Of the highest measured rate: what products of a training step reach when they are large."""
-PRODUCTS_FP8 = 0.8
+PRODUCTS_FP8 = 0.82
 """The same in fp8, casts and scales included."""
-PRODUCTS_FP4 = 0.42
+PRODUCTS_FP4 = 0.41
 """Of the peak in fp4, where no measured rate is published."""
-EXPOSED = 0.1
+EXPOSED = 0.2
 """Of the data-parallel traffic that could hide behind computing: what does not."""
-EXPOSED_GATHERS = 0.4
+EXPOSED_GATHERS = 0.3
 """The same where parameters are gathered layer by layer (ZeRO 3): the first and last ones, and shared memory paths."""
-ATTENTION = 0.55
-"""Of the highest measured 16-bit rate: fused attention, forward and backward."""
 UNFUSED_ATTENTION = 0.25
 """The same for batched products with scores in memory."""
 UNALIGNED = 6.0
@@ -54,8 +54,17 @@ MEMORY = 0.8
 """Of the memory bandwidth: elementwise operations."""
 LINK = 0.75
 """Of a link's bandwidth: large collectives."""
-TENSOR_OVERLAP = 0.25
-"""Share of the collectives of `tp` and `cp` that hides behind products."""
+SCANNED = 90.0
+"""Passes through memory of the queries of a layer whose attention does not see all: a state-space scan, or a window."""
+FUSED = 0.25
+"""Of the traffic of routed tokens: what is left where experts run in one kernel."""
+ROUTED = 2.5
+"""Passes of a routed token through memory: sorted by expert, gathered, weighted, summed, and scattered back."""
+HOST_LINK = 0.4
+"""Of the time that a host on PCIe needs: one with a coherent link."""
+SMALL_HEAD = 128
+"""Numbers per head from which on fused attention is at its best rate; below, the exponentials take longer than the
+products."""
 BACKWARD = 2.0
 """Products of the backward pass per product of the forward pass."""
 ATTENTION_BACKWARD = 2.5
@@ -64,7 +73,9 @@ OPTIMIZER_BYTES = 28
 """Traffic of one Adam update per parameter: four fp32 numbers read, three written."""
 INTERLEAVED = 0.3
 """Of what the stages of an interleaved pipeline send: what does not overlap with other chunks."""
-GROUPED = 0.75
+CASTS = 1.0
+"""Passes through memory of what products below 16 bits read and write."""
+GROUPED = 0.5
 """Of the rate of one product: the products of several experts in one launch."""
 
 
@@ -128,7 +139,7 @@ def product_s(machine: Machine, numbers: Numbers, m: Any, n: Any, k: Any, share:
     device = machine.device
     eighth = numbers.precision in ("fp8", "fp4") and device.fp8_flops_per_s > 0
     fourth = numbers.precision == "fp4" and device.fp4_flops_per_s > 0
-    rate = device.fp8_flops_per_s * PRODUCTS_FP8 if eighth else device.flops_per_s * PRODUCTS
+    rate = device.fp8_flops_per_s * PRODUCTS_FP8 * numbers.narrow if eighth else device.flops_per_s * PRODUCTS
     rate = device.fp4_flops_per_s * PRODUCTS_FP4 if fourth else rate
     wide = 1.5 if eighth else device.number_bytes
     work = 2.0 * m * n * k / (rate * share)
@@ -144,20 +155,22 @@ def layer_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numb
     overhead = (machine.device.overhead_s + numbers.overhead_s) / 3
     wide = machine.device.number_bytes
     around = tokens * model.hidden * wide
-    seen, hop_s = 1 - (TENSOR_OVERLAP if numbers.fused else 0), machine.device.latency_s
+    seen, hop_s = 1 - numbers.tensor_overlap, machine.device.latency_s
     # Two all-gathers and two reduce-scatters, or two all-reduces.
     tensor = seen * 4 * collective_s(around, plans.tp, link(machine, plans.tp), hop_s)
     pair = 2 * key_value_size(model) / plans.tp * tokens * wide * plans.cp
     spread = link(machine, plans.tp * plans.cp, plans.tp)
     context = seen * collective_s(pair, plans.cp, spread, hop_s)
     backward = BACKWARD / 2 if numbers.frozen else BACKWARD
+    # Devices with a link of their own to the host wait less for it than those on PCIe.
+    waiting = numbers.routing_s * (HOST_LINK if machine.domain > 8 else 1.0) * expert_layers(model) / model.layers
     return Layer(
-        forward=products + scores + passes + overhead,
-        backward=backward * products + scores_back + 2 * passes + 2 * overhead,
+        forward=np.maximum(products + scores + passes + overhead, waiting),
+        backward=np.maximum(backward * products + scores_back + 2 * passes + 2 * overhead, 2 * waiting),
         scores=scores,
         tensor=tensor,
         context=context,
-        expert=_all_to_all(model, machine, plans, tokens),
+        expert=_all_to_all(model, machine, plans, numbers, tokens),
     )
 
 
@@ -176,25 +189,37 @@ def _products(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Nu
         return total + dense
     # Every device computes the tokens of `ep` devices on its own share of the experts.
     local = np.maximum(model.experts / plans.ep, 1.0)
-    each = tokens * model.experts_per_token / local
-    width = model.expert_hidden / tp
+    divided = numbers.expert_tensor(tp)
+    each = tokens * model.experts_per_token / local * divided / tp
+    width, entry = model.expert_hidden / divided, expert_input(model)
     experts = local * (
-        product_s(machine, numbers, each, gates * width, hidden, GROUPED)
-        + product_s(machine, numbers, each, hidden, width, GROUPED)
+        product_s(machine, numbers, each, gates * width, entry, GROUPED)
+        + product_s(machine, numbers, each, entry, width, GROUPED)
     )
     shared = 0.0 * total
+    if not _grouped(model, machine, numbers):
+        experts = experts + local * numbers.expert_s
+    if model.expert_input:
+        shared = 2 * product(model.expert_input / tp, hidden)
     if model.shared_hidden:
-        shared = product(gates * model.shared_hidden / tp, hidden) + product(hidden, model.shared_hidden / tp)
+        shared = shared + product(gates * model.shared_hidden / tp, hidden) + product(hidden, model.shared_hidden / tp)
     return total + (1 - with_experts) * dense + with_experts * (experts + shared)
+
+
+def _grouped(model: ModelSpec, machine: Machine, numbers: Numbers) -> bool:
+    """Whether products, activation and casts of all experts of a device run in one kernel."""
+    blackwell = machine.device.fp4_flops_per_s > 0
+    return numbers.fused_experts and matrices(model) == 3 and numbers.precision == "fp8" and blackwell
 
 
 def _attention(
     model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers, tokens: Floats
 ) -> tuple[Floats, Floats]:
     """Scores and weighted sum of a layer: (forward, backward)."""
-    device, size = machine.device, query_size(model) / plans.tp
+    device, size = machine.device, query_size(model) / plans.tp * attention_share(model)
     if numbers.fused_attention:
-        forward = 2.0 * tokens * model.seq_length * size / (device.flops_per_s * ATTENTION)  # half is masked out
+        rate = device.flops_per_s * numbers.attention * min(1.0, head_size(model) / SMALL_HEAD)
+        forward = 2.0 * tokens * model.seq_length * size / rate  # half is masked out
         return forward, ATTENTION_BACKWARD * forward
     slow = 1.0 if head_size(model) % 8 == 0 else UNALIGNED
     forward = 4.0 * tokens * model.seq_length * size * slow / (device.flops_per_s * UNFUSED_ATTENTION)
@@ -210,28 +235,34 @@ def _elementwise_bytes(model: ModelSpec, machine: Machine, plans: Candidates, nu
     outer = (8 if numbers.fused else 14) * hidden / around
     with_experts = expert_layers(model) / model.layers
     # Tokens are sorted by expert and back, weighted and summed.
-    routed = model.experts_per_token * ((matrices(model) + 1) * model.expert_hidden + 6 * hidden)
+    routed = model.experts_per_token * ((matrices(model) + 1) * model.expert_hidden + ROUTED * expert_input(model))
+    if _grouped(model, machine, numbers):
+        routed *= FUSED
     width = (1 - with_experts) * (matrices(model) + (0 if numbers.fused else 2)) * model.ffn_hidden
     width += with_experts * (routed + (matrices(model) + 1) * model.shared_hidden)
-    inner = (2 * (query_size(model) + key_value_size(model)) + width) / tp
-    casts = 0.75 * (4 * hidden + width) / tp if numbers.precision in ("fp8", "fp4") else 0.0
-    return wide * (outer + inner + casts)
+    scanned = SCANNED * (1 - attention_share(model)) * query_size(model)
+    inner = (2 * (query_size(model) + key_value_size(model)) + scanned + width) / tp
+    gathered = tp if numbers.narrow_inputs else 1  # cast before they are gathered, or after it by every rank
+    casts = CASTS / numbers.narrow if numbers.precision in ("fp8", "fp4") else 0.0
+    return np.asarray(wide * (outer + inner + casts * (2 * hidden / gathered + (2 * hidden + width) / tp)))
 
 
-def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, tokens: Floats) -> Floats:
+def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers, tokens: Floats) -> Floats:
     """Tokens to their experts and back, forward."""
     with_experts = expert_layers(model) / model.layers
     if not with_experts:
         return 0.0 * tokens
     device = machine.device
-    size = tokens * model.experts_per_token * model.hidden * device.number_bytes / plans.tp
+    # Tokens go out in the type of the products, and come back in 16 bits.
+    wide = 1.5 if device.fp8_flops_per_s and numbers.precision in ("fp8", "fp4") else device.number_bytes
+    size = tokens * model.experts_per_token * expert_input(model) * wide / plans.tp
     inside = np.minimum(plans.ep, machine.domain / np.minimum(plans.tp, machine.domain)) / plans.ep
     # A token goes once to each domain that has an expert for it, and is handed on there.
     domains = 1 / inside
     distinct = domains * (1 - (1 - inside) ** model.experts_per_token) / model.experts_per_token
     outside = (1 - inside) * distinct / device.network_bytes_per_s
     seconds = size * (np.minimum(1 - 1 / plans.ep, 1) / device.node_bytes_per_s + outside) / LINK
-    seen = 1 - TENSOR_OVERLAP
+    seen = 1 - numbers.expert_overlap * (plans.interleave > 1)
     return with_experts * 2 * np.where(plans.ep == 1, 0.0, seen * seconds + 2 * device.latency_s)
 
 
@@ -258,7 +289,10 @@ def time_terms(
     data = _data_s(model, machine, plans, numbers)
     overlap = machine.device.overlap if numbers.fused else 0.0
     exposed = np.where(plans.zero == 3, EXPOSED_GATHERS, EXPOSED)
-    hidden = overlap * passes * (layers * once + output)
+    # Of several micro-batches only the last one's backward pass has gradients to send, and the first one's forward
+    # pass parameters to wait for; parameters that lie scattered are gathered for every one.
+    window = np.where((plans.zero == 3) & (plans.pp == 1), passes, 1)
+    hidden = overlap * window * (layers * once + output)
     return TimeTerms(
         compute=scale * passes * (layers * once + output),
         recompute=scale * passes * layers * again,
@@ -296,7 +330,7 @@ def _send_s(model: ModelSpec, machine: Machine, plans: Candidates) -> Floats:
     return np.where(plans.pp > 1, 2 * plans.interleave * once, 0.0) * seen
 
 
-def _stage_weights(model: ModelSpec, plans: Candidates) -> tuple[Floats, Floats, Floats]:
+def _stage_weights(model: ModelSpec, plans: Candidates, numbers: Numbers) -> tuple[Floats, Floats, Floats]:
     """Of the fullest stage, per device of a `tp` group: (layers, weights without experts, experts')."""
     layers = np.maximum(np.maximum(plans.layers_first, plans.layers_middle), plans.layers_last)
     ends = np.where(plans.pp == 1, 1 if model.tied_embeddings else 2, 1)
@@ -305,24 +339,24 @@ def _stage_weights(model: ModelSpec, plans: Candidates) -> tuple[Floats, Floats,
     shared += with_experts * shared_parameters(model)
     experts = with_experts * model.experts * expert_parameters(model)
     weights = (layers * shared + ends * vocabulary_parameters(model)) / plans.tp
-    return layers, weights, layers * experts / plans.ep / plans.tp
+    return layers, weights, layers * experts / plans.ep / numbers.expert_tensor(plans.tp)
 
 
 def _data_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:
     """Parameters gathered and gradients scattered over `dp_shard`, averaged over `dp_replicate`."""
     device = machine.device
-    layers, weights, experts = _stage_weights(model, plans)
+    layers, weights, experts = _stage_weights(model, plans, numbers)
     trained = 0.0 if numbers.frozen else 1.0
     group = plans.dp_shard * plans.cp
     hop_s = device.latency_s * np.where(plans.zero == 3, layers, 1)
     near = link(machine, plans.tp * group, plans.tp)
     passes = np.where(plans.zero == 3, 2 * np.where(plans.pp == 1, plans.micro_batches, 1), trained)
-    rare = np.maximum(group // plans.ep, 1)
+    rare = np.maximum(group * plans.tp // numbers.expert_tensor(plans.tp) // plans.ep, 1)
     gradient = min(numbers.gradient_bytes, 4) * trained
 
     def over(size: Floats, members: Ints) -> Floats:
         gather = passes * collective_s(size * device.number_bytes, members, near, 0.0)
-        return gather + collective_s(size * gradient, members, near, 0.0)
+        return gather + (1 + numbers.all_reduced) * collective_s(size * gradient, members, near, 0.0)
 
     hops = np.where(group > 1, np.ceil(np.log2(np.maximum(group, 1))) * hop_s * (passes + trained), 0.0)
     far = link(machine, plans.devices // np.maximum(plans.pp, 1), plans.tp * group)
@@ -332,8 +366,9 @@ def _data_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numb
 
 
 def _optimizer_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:
-    _, weights, experts = _stage_weights(model, plans)
+    _, weights, experts = _stage_weights(model, plans, numbers)
     shards = np.where(plans.zero >= 1, plans.dp_shard * plans.cp, 1)
-    owned = weights / shards + experts / np.maximum(shards // plans.ep, 1)
+    whole = plans.tp // numbers.expert_tensor(plans.tp)
+    owned = weights / shards + experts / np.maximum(shards * whole // plans.ep, 1)
     trained = 0.0 if numbers.frozen else 1.0
-    return trained * owned * OPTIMIZER_BYTES / (machine.device.memory_bytes_per_s * MEMORY)
+    return np.asarray(trained * owned * OPTIMIZER_BYTES / (machine.device.memory_bytes_per_s * MEMORY))

@@ -46,7 +46,8 @@ class Row:
     ep: int = 1
     dp_shard: int | None = None
     """None = all data-parallel ranks."""
-    zero: int = 1
+    zero: int | None = 1
+    """None where the table does not say: 1, or 3 where a whole copy of the parameters does not fit."""
     recomputation: int | None = 0
     """Index into `RECOMPUTATIONS`; None as with `pp`."""
     measured_s: float | None = None
@@ -125,9 +126,10 @@ def _plans(row: Row) -> Candidates:
         for size in sizes:
             passes = max(1, -(-row.global_batch // (dp * size)))
             middle = split[1] if pp > 2 else 0
-            for interleave, recomputation in product(chunks, again):
+            stages_of_zero = [row.zero] if row.zero is not None else [1] if pp > 1 else [1, 3]
+            for interleave, recomputation, zero in product(chunks, again, stages_of_zero):
                 found.append((
-                    pp, interleave, dp // shards, shards, row.cp, row.tp, min(row.ep, dp * row.cp * row.tp), row.zero,
+                    pp, interleave, dp // shards, shards, row.cp, row.tp, min(row.ep, dp * row.cp * row.tp), zero,
                     size, passes, recomputation, split[0], middle, split[-1],
                 ))  # fmt: skip
     return Candidates(*np.array(found, np.int64).T)

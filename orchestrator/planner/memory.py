@@ -21,6 +21,7 @@ from orchestrator.planner.hardware import Machine
 from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.transformer import (
     attention_parameters,
+    expert_input,
     expert_layers,
     expert_parameters,
     feed_forward_parameters,
@@ -33,8 +34,6 @@ from orchestrator.planner.transformer import (
 
 USABLE = 0.93
 """Share of a device's memory that a plan may fill: the rest is for fragmentation and the model's error."""
-LOGIT_BYTES = 10
-"""Logits in fp32 and their gradient in both types, beside the logits in the working type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,12 @@ def kept_bytes(model: ModelSpec, plans: Candidates, numbers: Numbers, wide: int)
     with_experts = expert_layers(model) / model.layers
     dense = matrices(model) * model.ffn_hidden
     # An expert's input is gathered, too; tokens go to `experts_per_token` of them.
-    routed = model.experts_per_token * (matrices(model) * model.expert_hidden + 2 * hidden)
+    routed = model.experts_per_token * (matrices(model) * model.expert_hidden + 2 * expert_input(model))
     feed_forward = (1 - with_experts) * dense + with_experts * (routed + matrices(model) * model.shared_hidden)
     outer = wide * 2 * hidden + (0 if numbers.fused else 2 * hidden)  # the norms' inputs; dropout masks
-    inner = wide * (2 * query + pair + 2 * hidden + feed_forward)
+    inputs = query + 2 * hidden + feed_forward / matrices(model)
+    narrow = numbers.narrow_inputs and numbers.precision in ("fp8", "fp4")
+    inner = wide * (2 * query + pair + 2 * hidden + feed_forward) - (wide / 2 * inputs if narrow else 0)
     scores = 0 if numbers.fused_attention else (2 * wide + 1) * model.heads * model.seq_length
     everything = outer / around + (inner + scores) / tp
     selective = outer / around + inner / tp
@@ -131,18 +132,19 @@ def _stage(
     shared, expert = _weights(model)
     table = vocabulary_parameters(model)
     # Experts are divided over `ep`, which takes its ranks from the data-parallel ones.
-    weights = (layers * (shared + expert / plans.ep) + tables * table) / tp
+    expert_tp = numbers.expert_tensor(tp)
+    expert_weights = layers * expert / plans.ep / expert_tp
+    weights = (layers * shared + tables * table) / tp + expert_weights
     # The context-parallel ranks of a group hold the same weights, so that states are divided over them, too.
     shards = plans.dp_shard * np.where(plans.zero > 0, plans.cp, 1)
     shared_weights = (layers * shared + tables * table) / tp
-    expert_weights = layers * expert / plans.ep / tp
-    owned = shared_weights / shards + expert_weights / np.maximum(shards / plans.ep, 1)
+    owned = shared_weights / shards + expert_weights / np.maximum(shards * tp / expert_tp / plans.ep, 1)
     divided = np.where(plans.zero >= 1, owned, weights)
     trained = 0.0 if numbers.frozen else 1.0
     states = trained * numbers.optimizer_bytes * divided
     summed = np.where((plans.zero >= 2) & (plans.pp > 1) & (plans.dp_shard > 1), wide * weights, 0.0)
     gradients = trained * (numbers.gradient_bytes * np.where(plans.zero >= 2, owned, weights) + summed)
-    one = (shared + expert / plans.ep) / tp
+    one = shared / tp + expert / plans.ep / expert_tp
     # In a pipeline nothing is gathered again for every micro-batch, and gradients are summed before they are scattered.
     whole = np.where((plans.zero == 3) & (plans.pp == 1), np.minimum(weights, 2 * np.maximum(one, table / tp)), weights)
     # A lone fp32 shard is used where it lies; anything else is gathered, or cast to 16 bits.
@@ -156,7 +158,7 @@ def _stage(
     in_flight = activations * np.maximum(waiting - 1, 0.0)
     again = np.where(plans.recomputation == 0, 0.0, 1.0)
     working = again * (everything - kept) * tokens + 2 * wide * tokens * model.hidden
-    vocabulary = (LOGIT_BYTES + wide) * tokens * model.vocab / tp
+    vocabulary = (numbers.logit_bytes + wide) * tokens * model.vocab / tp
     logits = np.where(output, vocabulary, 0.0)
     constant = np.zeros_like(states) + (numbers.process_bytes if machine.device.backend == "nccl" else 0)
     buckets = np.where(plans.zero == 3, 2 * wide * np.maximum(one, 0), 0.0)

@@ -1,8 +1,8 @@
 """Sizes of published models, for measurements that name a model only.
 
-From each model's `config.json` or paper; what our `ModelSpec` cannot say is nearest to what it costs: DeepSeek's and
-Kimi's latent attention as keys and values with its number of weights, windowed attention as full, layers of state-space
-models as attention of few keys.
+From each model's `config.json` or paper; what our `ModelSpec` cannot say is nearest to what it costs. DeepSeek's and
+Kimi's latent attention is keys and values with its number of weights. Nemotron 3 alternates mixers (attention or
+Mamba) with experts: a layer here is a mixer of the mean number of weights and, in all but `dense_layers`, experts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ def _dense(
 
 
 def _experts(
-    base: ModelSpec, head: int, experts: int, chosen: int, width: int, shared: int = 0, dense: int = 0
+    base: ModelSpec,
+    head: int,
+    experts: int,
+    chosen: int,
+    width: int,
+    shared: int = 0,
+    dense: int = 0,
+    full: int | None = None,
+    entry: int | None = None,
 ) -> ModelSpec:
     return replace(
         base, head_size=head, experts=experts, experts_per_token=chosen, expert_hidden=width, shared_hidden=shared,
-        dense_layers=dense,
+        dense_layers=dense, full_attention_layers=full, expert_input=entry,
     )  # fmt: skip
 
 
@@ -45,11 +53,20 @@ MODELS = {
     "mixtral-8x22b": _experts(_dense(56, 6144, 48, 8, 16384, 32768, 4096), 128, 8, 2, 16384),
     "qwen3-30b-a3b": _experts(_dense(48, 2048, 32, 4, 6144, 151936, 4096), 128, 128, 8, 768),
     "qwen3-235b-a22b": _experts(_dense(94, 4096, 64, 4, 12288, 151936, 4096), 128, 128, 8, 1536),
-    "gpt-oss-120b": _experts(_dense(36, 2880, 64, 8, 2880, 201088, 4096), 64, 128, 4, 2880),
+    "gpt-oss-20b": _experts(_dense(24, 2880, 64, 8, 2880, 201088, 4096), 64, 32, 4, 2880, full=12),
+    "gpt-oss-120b": _experts(_dense(36, 2880, 64, 8, 2880, 201088, 4096), 64, 128, 4, 2880, full=18),
     "deepseek-v3": _experts(_dense(61, 7168, 128, 20, 18432, 129280, 4096), 96, 256, 8, 2048, 2048, 3),
     "kimi-k2": _experts(_dense(61, 7168, 64, 28, 18432, 163840, 4096), 128, 384, 8, 2048, 2048, 1),
-    "nemotron-3-nano": _experts(_dense(52, 2688, 32, 2, 1856, 131072, 8192, gated=False), 128, 56, 3, 1856, 2130),
-    "nemotron-3-super": _experts(_dense(88, 4096, 32, 2, 5376, 131072, 8192, gated=False), 128, 32, 2, 4800, 4800),
+    "nemotron-3-nano": _experts(
+        _dense(29, 2688, 32, 20, 1, 131072, 8192, gated=False), 128, 128, 6, 1856, 3712, dense=6, full=6
+    ),
+    "nemotron-3-super": _experts(
+        _dense(48, 4096, 64, 29, 1, 131072, 8192, gated=False),
+        *(128, 512, 22, 2688, 5376),
+        dense=8,
+        full=4,
+        entry=1024,
+    ),
 }
 """Published models by a plain name; the sequence is the usual one of pre-training."""
 

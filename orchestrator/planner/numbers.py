@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from orchestrator.planner.candidates import Ints
+
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp4")
 
 
@@ -29,6 +33,32 @@ class Numbers:
     """What a process has on a GPU beside tensors, and what fragments: context, libraries, collective buffers."""
     overhead_s: float = 0.0
     """Of each layer and micro-batch, beside the device's: Python, synchronisation."""
+    attention: float = 0.41
+    """Of the highest measured 16-bit rate: fused attention, forward and backward."""
+    tensor_overlap: float = 0.3
+    """Share of the collectives of `tp` and `cp` that hides behind products."""
+    narrow: float = 1.0
+    """Rate of products below 16 bits, relative to those with one scale per tensor."""
+    all_reduced: bool = False
+    """Gradients are averaged on all ranks before each keeps its share, which moves them twice."""
+    experts_divided: bool = True
+    """`tp` divides experts, too; else each is whole, and `ep` counts the ranks of `tp`."""
+    routing_s: float = 2.7e-3
+    """What the host needs at least for a layer with experts, forward: it waits for counts of tokens, and launches."""
+    expert_s: float = 5e-5
+    """Of each expert on a device, forward: its products and casts are launched one by one."""
+    fused_experts: bool = False
+    """Gated experts in fp8 do products, activation and casts in one kernel."""
+    expert_overlap: float = 0.0
+    """Share of what `ep` sends that hides behind another micro-batch in an interleaved pipeline."""
+    narrow_inputs: bool = False
+    """Inputs of products below 16 bits are kept in 8 bits for the backward pass."""
+    logit_bytes: int = 10
+    """What the loss keeps per logit, beside the logit in the working type: in fp32 and the gradient in both types."""
+
+    def expert_tensor(self, tp: Ints) -> Ints:
+        """By how many ranks of `tp` an expert is divided."""
+        return tp if self.experts_divided else np.ones_like(tp)
 
 
 SOFTWARE_2022 = Numbers(
@@ -39,5 +69,19 @@ SOFTWARE_2022 = Numbers(
     fused=False,
     process_bytes=9 * 1024**3,
     overhead_s=6e-3,
+    tensor_overlap=0.0,
+    all_reduced=True,
 )
 """Megatron-DeepSpeed as BLOOM was trained with it: the optimizer's step takes a copy of its gradients in fp32."""
+
+MEGATRON = Numbers(
+    gradient_bytes=2,
+    attention=0.51,
+    tensor_overlap=0.6,
+    experts_divided=False,
+    expert_overlap=0.5,
+    narrow_inputs=True,
+    logit_bytes=4,
+)
+"""Megatron-LM and what NVIDIA builds on it, as its performance tables run it: gradients in 16 bits, the collectives of
+`tp` in chunks beside the products, attention of cuDNN."""

@@ -7,14 +7,19 @@ Columns, all but the first five optional; an empty cell is a missing column:
   `dtype`, `tp_size`, `pp_size`, `cp_size`, `ep_size`, `vp_size`, and `model` with `size` (`llama3`, `70b`)
 - `model` (a known name) or `layers, hidden, heads, vocab` and, where they are not heads, 4 x hidden and no gate:
   `kv_heads, ffn_hidden, gated` (1 or 0), `tied` (1 or 0, else tied where the model is not of the Llama family)
-- `tp, pp, vpp, cp, ep, mbs`: 1 where missing, but `pp` and `mbs` where missing, and `vpp` of a schedule that says it
-  interleaves, are chosen as the fastest that fit; the data-parallel size is what is left of `n_gpus`
-- `fsdp`: ranks that share states (else all data-parallel ones); `zero_stage`: else 3 with `fsdp`, 1 without
+- `tp, cp, ep`: 1 where missing; `pp, mbs, vpp` where missing are chosen as the fastest that fit, but `vpp` is 1 where
+  a `schedule` does not say that it interleaves; the data-parallel size is what is left of `n_gpus`
+- `fsdp`: ranks that share states (else all data-parallel ones); `zero_stage`: else 3 with `fsdp`, and without it 1, or
+  3 where a whole copy does not fit
 - `recompute`: `full`, `selective...`, or `none`; empty = the fastest that fits; `precision`: contains fp4, fp8, bf16,
-  fp16 or fp32; `schedule`: `DeepSpeed` in it stands for the software of 2022 (`numbers.SOFTWARE_2022`)
+  fp16 or fp32, and `rowwise` where each row has a scale
+- `software`, and what `schedule`, `src`, `source` and `notes` tell of it: Megatron or NeMo, torchtitan (else taken for
+  it), DeepSpeed (of 2022: `numbers.SOFTWARE_2022`), its month (`26.02`, `202412`), `async` for asynchronous collectives
+  of `tp`; `tokendrop` there or in `model` for experts of fixed capacity
 - `interconnect`: `4x100Gb/s ... per node` or `400Gb/s ... per GPU` replaces the catalogue's network
 - the step: `iter_time_s`, else `tokens_per_s_per_gpu`, else `tflops_per_gpu` with `tflops_kind` (`model`, or `hardware`
-  where the second forward pass of full recomputation counts); `mem_gib`; `oom` (1 = it ran out of memory)
+  where the second forward pass of full recomputation counts), else `mfu_pct` (of `peak_tflops_used`, else of
+  `peak_tflops_bf16`, else of the catalogue's); `mem_gib`; `oom` (1 = it ran out of memory)
 - `notes` or `task`: `LoRA` in them stands for adapters on a frozen model
 """
 
@@ -29,10 +34,17 @@ from orchestrator.core.spec import ModelSpec
 from orchestrator.planner.evaluate import Row, measured_flops
 from orchestrator.planner.hardware import CATALOGUE, GIB, Machine, find
 from orchestrator.planner.models import known
-from orchestrator.planner.numbers import SOFTWARE_2022, Numbers
+from orchestrator.planner.numbers import MEGATRON, SOFTWARE_2022, Numbers
 
 NODE = 8
 """Devices of a node, where nothing says otherwise."""
+ASYNCHRONOUS = 0.75
+"""Share of the collectives of `tp` that hides behind products which take them in chunks."""
+ROWWISE = 0.57
+"""Rate of fp8 products with one scale per row, relative to those with one per tensor."""
+LATEST = 9999
+"""Year and month of software that says nothing of it."""
+_RELEASE = re.compile(r"(?<![\d.])(?:20)?(2\d)[.-]?(0[1-9]|1[0-2])(?!\d)")
 _PER_NODE = re.compile(r"(\d+)\s*x\s*(\d+)\s*Gb/s[^;,]*per node", re.IGNORECASE)
 _PER_DEVICE = re.compile(r"(\d+)\s*Gb/s[^;,]*per GPU", re.IGNORECASE)
 
@@ -141,21 +153,34 @@ class _Cells:
             )
         shards = int(self.number("fsdp", 0) or 0)
         recompute, schedule = self.text("recompute").lower(), self.text("schedule").lower()
+        chunks = self.count("vpp") or (1 if schedule and "interleaved" not in schedule else None)
+        size = self.count("mbs") or self._default_size(devices // (tp * cp), batch, pp)
         row = Row(
             row_id=self.row_id,
             model=model, machine=machine, numbers=self._numbers(), devices=devices, global_batch=batch, tp=tp, pp=pp,
-            interleave=self.count("vpp") or (None if "interleaved" in schedule else 1), micro_batch=self.count("mbs"),
+            interleave=chunks, micro_batch=size,
             cp=cp, ep=self.count("ep", 1) or 1, dp_shard=shards if shards > 1 else None,
             zero=self._zero(shards), recomputation=_recomputation(recompute),
             measured_bytes=(self.number("mem_gib") or 0) * GIB or None, out_of_memory=bool(self.number("oom", 0)),
         )  # fmt: skip
         return replace(row, measured_s=self._seconds(row))
 
-    def _zero(self, shards: int) -> int:
-        stage = self.number("zero_stage", 3 if shards > 1 else 1)
-        if stage not in (0, 1, 2, 3):
+    def _default_size(self, replicas: int, batch: int, pp: int | None) -> int | None:
+        """Without `mbs`, torchtitan makes as many micro-batches of what a replica computes as there are stages."""
+        if pp is None or pp == 1 or "torchtitan" not in self._told():
+            return None
+        return max(1, batch // max(1, replicas // pp) // pp)
+
+    def _told(self) -> str:
+        """What may name the software and its options."""
+        names = ("software", "schedule", "src", "source", "notes", "precision", "model")
+        return " ".join(map(self.text, names)).lower()
+
+    def _zero(self, shards: int) -> int | None:
+        stage = self.number("zero_stage", 3 if shards > 1 else None)
+        if stage not in (None, 0, 1, 2, 3):
             raise self.wrong("zero_stage", "not 0, 1, 2 or 3")
-        return int(stage)
+        return None if stage is None else int(stage)
 
     def _model(self) -> ModelSpec:
         name, seq = " ".join(filter(None, (self.text("model"), self.text("size")))), self.count("seq")
@@ -198,15 +223,31 @@ class _Cells:
         return Machine.of(device, NODE, network)
 
     def _numbers(self) -> Numbers:
-        said, schedule = self.text("precision").lower(), self.text("schedule").lower()
+        said = self.text("precision").lower()
         precision = next((one for one in ("fp4", "fp8", "fp16", "fp32") if one in said.split("+")[0]), "bf16")
-        old = "deepspeed" in schedule
-        gradient = 4
-        if old:  # summed in the type of the products, or in fp32 beside them
-            gradient = 6 if "fp32 grad" in said else 2
         adapters = "lora" in f"{self.text('notes')} {self.text('task')}".lower()
-        software = SOFTWARE_2022 if old else Numbers()
-        return replace(software, precision=precision, gradient_bytes=gradient, frozen=adapters)
+        return replace(self._software(), precision=precision, frozen=adapters)
+
+    def _software(self) -> Numbers:
+        """What computed, as far as the row tells."""
+        told = self._told()
+        if "deepspeed" in told:  # gradients are summed in the type of the products, or in fp32 beside them
+            return replace(SOFTWARE_2022, gradient_bytes=6 if "bf16" in self.text("precision") else 2)
+        released = max((int(year) * 100 + int(month) for year, month in _RELEASE.findall(told)), default=LATEST)
+        if "nemo" in told or "megatron" in told:
+            dropping = "tokendrop" in told  # shapes known ahead: nothing to wait for
+            return replace(
+                MEGATRON,
+                fused_experts=released >= 2606,
+                routing_s=0.0 if dropping else MEGATRON.routing_s,
+            )
+        asynchronous = "async" in told and "vanilla" not in told
+        return replace(
+            Numbers(),
+            tensor_overlap=ASYNCHRONOUS if asynchronous else Numbers().tensor_overlap,
+            narrow=ROWWISE if "rowwise" in told else 1.0,
+            logit_bytes=2 if released >= 2501 else 10,
+        )
 
     def _seconds(self, row: Row) -> float | None:
         """The measured step."""
@@ -215,7 +256,11 @@ class _Cells:
             return seconds
         if rate := self.number("tokens_per_s_per_gpu"):
             return tokens / rate
-        if rate := self.number("tflops_per_gpu"):
+        rate = self.number("tflops_per_gpu")
+        if not rate and (share := self.number("mfu_pct")):
+            peak = row.machine.device.peak_flops_per_s / 1e12
+            rate = share / 100 * (self.number("peak_tflops_used") or self.number("peak_tflops_bf16") or peak)
+        if rate:
             return tokens * measured_flops(row.model, "hardware" in self.text("tflops_kind")) / (rate * 1e12)
         return None
 

@@ -40,14 +40,20 @@ def feed_forward_parameters(model: ModelSpec) -> int:
     return matrices(model) * model.hidden * model.ffn_hidden
 
 
+def expert_input(model: ModelSpec) -> int:
+    """Numbers of a token that go to a routed expert."""
+    return model.expert_input or model.hidden
+
+
 def expert_parameters(model: ModelSpec) -> int:
     """One expert of one layer."""
-    return matrices(model) * model.hidden * model.expert_hidden
+    return matrices(model) * expert_input(model) * model.expert_hidden
 
 
 def shared_parameters(model: ModelSpec) -> int:
-    """What every token of a layer with experts passes besides: router and shared experts."""
-    return model.experts * model.hidden + matrices(model) * model.hidden * model.shared_hidden
+    """What every token of a layer with experts passes besides: router, shared experts, the way to a smaller size."""
+    smaller = 2 * (model.expert_input or 0)
+    return model.hidden * (model.experts + smaller + matrices(model) * model.shared_hidden)
 
 
 def layer_parameters(model: ModelSpec) -> float:
@@ -77,9 +83,14 @@ def parameters(model: ModelSpec) -> float:
     return model.layers * layer_parameters(model) + vocabularies * vocabulary_parameters(model)
 
 
-def attention_flops(model: ModelSpec) -> int:
-    """Scores and weighted sum of one layer per token, causal: half of 2 products of 2 operations each."""
-    return 2 * model.seq_length * query_size(model)
+def attention_share(model: ModelSpec) -> float:
+    """Share of the layers whose attention sees every earlier token; what windows see is counted as nothing."""
+    return 1.0 if model.full_attention_layers is None else model.full_attention_layers / model.layers
+
+
+def attention_flops(model: ModelSpec) -> float:
+    """Scores and weighted sum of the mean layer per token, causal: half of 2 products of 2 operations each."""
+    return 2 * model.seq_length * query_size(model) * attention_share(model)
 
 
 def layer_flops(model: ModelSpec) -> float:

@@ -160,7 +160,7 @@ def test_plans_are_ranked_and_follow_losses(job: Path, capsys: pytest.CaptureFix
     assert first["plan"]["reason"]
     assert first["alternatives"]
     assert main(["plan", "job.yaml", "--nodes", "2x1,1x1:cpu"]) == 0
-    assert "at first: dp_shard 2" in capsys.readouterr().out
+    assert "at first: dp_shard 3" in capsys.readouterr().out
 
 
 LARGE = """

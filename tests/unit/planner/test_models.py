@@ -144,7 +144,7 @@ def test_the_slowest_stage_counts() -> None:
 
 def test_groups_beyond_the_domain_pay_the_network() -> None:
     """All adapters of a node serve its members of a group, one alone where it has one member there."""
-    slow = Machine.of(CATALOGUE["h100"], 8, 6.25e9)
+    slow = Machine.of(replace(CATALOGUE["h100"], latency_s=0.0), 8, 6.25e9)
     inside, outside = (time_terms(LLAMA_8B, slow, plans(LLAMA_8B, tp=tp), PLAIN).tensor[0] for tp in (8, 16))
     assert outside / inside == pytest.approx(450 / (8 * 6.25) * (15 / 16) / (7 / 8), rel=0.02)
     assert link(slow, np.array([64]), 1)[0] == 8 * link(slow, np.array([64]), 8)[0] == 8 * 6.25e9
