@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from orchestrator.controller.effects import Effects
 from orchestrator.core.job import Job
 from orchestrator.core.spec import JobSpec
 from orchestrator.core.status import Phase, Rung
 from orchestrator.core.types import Generation, NodeCapacity
-from orchestrator.planner import Infeasible, Planned, Ready, ladder
+from orchestrator.planner import Infeasible, Planned, ladder
 
 RUNGS = 4
 """Losses that are planned for."""
@@ -19,10 +20,10 @@ LOOK_S = 30.0
 
 @dataclass(slots=True)
 class Ahead:
-    """The ladder of one job. Searches that it makes are kept in `ready`, where a plan after a loss finds them."""
+    """The ladder of one job. Searches that it makes are kept with its `effects`, where a plan after a loss finds them."""
 
     spec: JobSpec
-    ready: Ready
+    effects: Effects
     rungs: tuple[Rung, ...] = ()
     _made_for: tuple[int, tuple[NodeCapacity, ...]] = (0, ())
     _looked_s: float = 0.0
@@ -44,7 +45,8 @@ class Ahead:
         """Make the ladder of a generation on the nodes that could be used."""
         async with self._busy:
             self._made_for, self.rungs = (generation.number, nodes), ()
-            found = await asyncio.to_thread(ladder, self.spec, nodes, generation, RUNGS, ready=self.ready)
+            known, ready = self.effects.calibration, self.effects.ready
+            found = await asyncio.to_thread(ladder, self.spec, nodes, generation, RUNGS, known, ready)
             self.rungs = tuple(_rung(losses, one) for losses, one in enumerate(found, 1))
 
 

@@ -40,9 +40,12 @@ class Controller:
     What agents are told (`directive`) is published only after the facts behind it are durable.
     """
 
-    def __init__(self, journal: Journal, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, journal: Journal, clock: Callable[[], float] = time.time, calibration: Path | None = None
+    ) -> None:
         self._journal = journal
         self._clock = clock
+        self._calibration = calibration
         self._metrics = Metrics()
         self._turn = asyncio.Lock()
         self._job: Job | None = None
@@ -58,7 +61,9 @@ class Controller:
     @classmethod
     def open(cls, journal: Path | None) -> Controller:
         """Controller on the journal file, or in memory; raises `Conflict` when another one holds the file."""
-        return cls(MemoryJournal() if journal is None else SqliteJournal(journal))
+        if journal is None:
+            return cls(MemoryJournal())
+        return cls(SqliteJournal(journal), calibration=journal.with_name("calibration.json"))
 
     def close(self) -> None:
         """Release the journal."""
@@ -68,8 +73,8 @@ class Controller:
         if not facts:
             return
         history = replay(facts)
-        self._effects = Effects(history.spec, self._clock)
-        self._ahead = Ahead(history.spec, self._effects.ready)
+        self._effects = Effects(history.spec, self._clock, self._calibration)
+        self._ahead = Ahead(history.spec, self._effects)
         now_s = self._clock()
         if history.ended is None:
             # A crash between putting a manifest and recording it must not lose the commit.
@@ -137,7 +142,7 @@ class Controller:
             if self._job is not None and self._job.history.ended is None:
                 raise Conflict(f"job {self._job.history.spec.name} is active: stop it before submitting {spec.name}")
             now_s = self._clock()
-            effects = Effects(spec, self._clock)
+            effects = Effects(spec, self._clock, self._calibration)
             found = await asyncio.to_thread(effects.found, now_s)
             taken = await asyncio.to_thread(effects.newest_generation)
             if self._job is not None:
@@ -145,7 +150,7 @@ class Controller:
             facts: list[Fact] = [JobAccepted(now_s, spec, taken), *found]
             await asyncio.to_thread(self._journal.append, facts)
             before = self._job
-            self._effects, self._ahead = effects, Ahead(spec, effects.ready)
+            self._effects, self._ahead = effects, Ahead(spec, effects)
             self._job = Job(replay(facts), now_s)
         log.info("accepted", job=spec.name, checkpoints=len(found))
         for node in before.fleet.nodes.values() if before else ():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 
 from orchestrator.checkpoint import store
+from orchestrator.checkpoint.durable import temporary, write_synced
 from orchestrator.checkpoint.verify import verify
 from orchestrator.core.commands import CommitCheckpoint, FenceCheckpoints, MakePlan, PrepareCheckpoint, PruneCheckpoints
 from orchestrator.core.errors import RegrowError
@@ -25,7 +28,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.facts import CheckpointRecorded
 from orchestrator.core.spec import JobSpec
-from orchestrator.planner import Infeasible, Ready, plan
+from orchestrator.planner import Calibration, Infeasible, Ready, learn, plan
 
 log = structlog.get_logger(__name__)
 
@@ -39,9 +42,37 @@ class Effects:
 
     spec: JobSpec
     clock: Callable[[], float] = time.time
+    kept: Path | None = None
+    """File with what the steps of this and earlier jobs have taught; None = nothing is kept between runs."""
+    known: Calibration = field(init=False)
+    """What it held when this job was taken up."""
     ready: Ready = field(default_factory=Ready)
     """What the planner has searched for this job."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """What plans are made with: what is known, as of when it last changed by more than little."""
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.known = self._load()
+
+    def _load(self) -> Calibration:
+        if self.kept is None or not self.kept.exists():
+            return Calibration()
+        try:
+            return Calibration.from_data(json.loads(self.kept.read_text()))
+        except (OSError, ValueError, RegrowError) as error:  # estimates are only less exact without it
+            log.warning("what earlier runs have taught cannot be read", file=str(self.kept), error=str(error))
+            return Calibration()
+
+    def _keep(self, learnt: Calibration) -> None:
+        if self.kept is None or learnt == self.known:
+            return
+        written = temporary(self.kept)
+        try:
+            write_synced(written, (json.dumps(learnt.to_data()) + "\n").encode())
+            written.replace(self.kept)
+        except OSError as error:
+            log.warning("what was learnt could not be kept", file=str(self.kept), error=str(error))
 
     async def run(
         self, command: MakePlan | PrepareCheckpoint | CommitCheckpoint | FenceCheckpoints | PruneCheckpoints
@@ -68,7 +99,11 @@ class Effects:
 
     def _plan(self, command: MakePlan) -> Event:
         try:
-            planned = plan(self.spec, command.nodes, command.previous, command.assignment, ready=self.ready)
+            learnt = learn(self.spec, command.measured, self.known)
+            self._keep(learnt)
+            if not learnt.near(self.calibration):
+                self.calibration = learnt
+            planned = plan(self.spec, command.nodes, command.previous, command.assignment, self.calibration, self.ready)
         except Exception as error:  # a planner bug must leave the job WAITING with a reason, not end the controller
             return PlanImpossible(self.clock(), command.request, f"the planner failed: {error!r}")
         if isinstance(planned, Infeasible):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.core.facts import Fact
-from orchestrator.core.types import Assignment, NodeCapacity, Plan, SaveReport
+from orchestrator.core.types import Assignment, MeasuredPlan, NodeCapacity, Plan, SaveReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class MakePlan:
     previous: Plan | None
     assignment: Assignment | None = None
     """That of `previous`: survivors keep their order."""
+    measured: tuple[MeasuredPlan, ...] = ()
+    """Steps that the job has reported, oldest first: estimates are corrected by them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,10 @@ class GenerationEnded:
     failure: FailureClass | None = None
     signature: str = ""
     """Same signature twice = same error at the same step."""
+    step_s: float = 0.0
+    """Median seconds of a step; 0 = too few were seen."""
+    kind: str = ""
+    """Of its devices; empty where they are of several kinds, whose steps say nothing of either."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,10 @@ from orchestrator.core.facts import (
     StopRequested,
 )
 from orchestrator.core.spec import FailureClass, JobSpec
-from orchestrator.core.types import Generation, Plan
+from orchestrator.core.types import Generation, MeasuredPlan, Plan
+
+MEASURED = 50
+"""Generations whose steps are remembered."""
 
 
 @dataclass(slots=True)
@@ -105,6 +108,8 @@ class History:
     returns: list[float] = field(default_factory=list)
     """Seconds that lost nodes stayed away, in the order in which they came back."""
     drained: set[str] = field(default_factory=set)
+    measured: list[MeasuredPlan] = field(default_factory=list)
+    """Steps of ended generations, oldest first; as many as `MEASURED`."""
     incidents: list[Incident] = field(default_factory=list)
     stop_requested: bool = False
     ended: JobEnded | None = None
@@ -177,6 +182,9 @@ class History:
 
     def _end(self, fact: GenerationEnded) -> None:
         self.live, self.stopping = False, None
+        if self.generation and fact.step_s > 0 and fact.kind:
+            one = MeasuredPlan(self.generation.plan, self.generation.assignment, fact.kind, fact.step_s)
+            self.measured = [*self.measured, one][-MEASURED:]
         committed = self.newest_step
         started = self.generation.checkpoint_step or 0 if self.generation else 0
         stuck = fact.step <= started or fact.step == self.failed_step

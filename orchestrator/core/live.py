@@ -210,6 +210,8 @@ class LiveJob(JobState):
                 cause.text if cause else stopping.cause,
                 cause.kind if cause else None,
                 cause.signature if cause else "",
+                self.clock.median_s or 0.0,
+                self._kind(),
             )
         )
         self._growing, self._planning, self._chosen = False, None, None
@@ -245,7 +247,9 @@ class LiveJob(JobState):
         if self.history.ran_s is None:
             self._ran()
         number = self.history.number
-        self._record(GenerationEnded(self.now_s, number, self.max_step, "the training script is done"))
+        step_s = self.clock.median_s or 0.0
+        done = "the training script is done"
+        self._record(GenerationEnded(self.now_s, number, self.max_step, done, step_s=step_s, kind=self._kind()))
         self._finish(Phase.SUCCEEDED, f"the training script is done after step {self.max_step}")
 
     def _finish(self, phase: Phase, reason: str, failure: FailureStatus | None = None) -> None:

@@ -31,6 +31,7 @@ from orchestrator.core.types import (
     LaunchOrder,
     LaunchReport,
     LaunchState,
+    MeasuredPlan,
     NodeCapacity,
     NodeReport,
     Plan,
@@ -262,9 +263,23 @@ class JobState:
         self._commands = [command for command in self._commands if not isinstance(command, Push)]
         self._emit(Push(tuple(sorted(self.fleet.nodes))))
 
+    def _kind(self) -> str:
+        """Of the devices of the newest generation; empty where there are several."""
+        reports = [self.fleet.nodes[name].report for name in sorted(self._assigned) if name in self.fleet.nodes]
+        kinds = {self.history.spec.device_kind or report.device_kind for report in reports if report is not None}
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    def _measured(self) -> tuple[MeasuredPlan, ...]:
+        """The step of the live generation, as far as it is known."""
+        last, step_s, kind = self.history.generation, self.clock.median_s, self._kind()
+        if not (last and self.history.live and step_s and kind):
+            return ()
+        return (MeasuredPlan(last.plan, last.assignment, kind, step_s),)
+
     def _ask_for_plan(self, nodes: tuple[NodeCapacity, ...], *, growing: bool) -> None:
         last = self.history.generation
-        before = (last.plan, last.assignment) if last else (None, None)
+        plan, assignment = (last.plan, last.assignment) if last else (None, None)
         self._requests += 1
-        self._planning, self._growing = MakePlan(self._requests, nodes, *before), growing
+        measured = (*self.history.measured, *self._measured())
+        self._planning, self._growing = MakePlan(self._requests, nodes, plan, assignment, measured), growing
         self._emit(self._planning)

@@ -161,6 +161,16 @@ class NodeCapacity:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredPlan:
+    """How long a step of a plan took on devices of one kind."""
+
+    plan: Plan
+    assignment: Assignment
+    kind: str
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One launch of the job: `number` only ever increases, and at most one generation is live."""
 

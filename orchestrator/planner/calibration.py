@@ -41,12 +41,19 @@ class Calibration:
             seen[key] = ((count + 1) * fade, (total + log) * fade)
         return Calibration(seen)
 
+    def near(self, other: Calibration, within: float = 1.05) -> bool:
+        """Whether no factor differs by more than `within` times: then plans made with one are as good as with the other."""
+        keys = self.seen.keys() | other.seen.keys()
+        return all(1 / within <= self.factor(*key) / other.factor(*key) <= within for key in keys)
+
     def factor(self, device: str, tp: int, micro_batch: int) -> float:
         """What to multiply an estimate with."""
         log = 0.0
         for key in ((device, 0, 0), (device, tp, 0), (device, tp, micro_batch)):
             count, total = self.seen.get(key, (0.0, 0.0))
-            log = (total + PRIOR * log) / (count + PRIOR) if count else log
+            # All plans of a device share its mean as it is: what was never measured must not look faster for it.
+            prior = PRIOR if key[1] else 0.0
+            log = (total + prior * log) / (count + prior) if count else log
         return math.exp(log)
 
     def factors(self, device: str, tp: Ints, micro_batch: Ints) -> Floats:

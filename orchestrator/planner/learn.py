@@ -1,0 +1,39 @@
+"""What the steps of a running job teach: each measured plan against its estimate without calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from orchestrator.core.spec import JobSpec
+from orchestrator.core.types import MeasuredPlan, NodeCapacity, Plan
+from orchestrator.planner.calibration import Calibration
+from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates
+from orchestrator.planner.judge import judge
+from orchestrator.planner.pool import pools
+from orchestrator.planner.transformer import split_layers
+
+
+def learn(spec: JobSpec, measured: Iterable[MeasuredPlan], before: Calibration) -> Calibration:
+    """`before` with one measurement more for each of `measured`; nothing is learnt where the model is not described."""
+    if spec.model is None:
+        return before
+    for one in measured:
+        nodes = [NodeCapacity(part.node, part.devices, 0, one.kind) for part in one.assignment]
+        pool = pools(spec, nodes)[0]
+        predicted_s = float(judge(spec, pool).seconds(_candidates(one.plan, spec.model.layers))[0])
+        tp, micro_batch = one.plan.mesh.tp, one.plan.batch.micro_batch
+        before = before.observe(pool.device.name, tp, micro_batch, one.step_s, predicted_s)
+    return before
+
+
+def _candidates(plan: Plan, layers: int) -> Candidates:
+    mesh, batch = plan.mesh, plan.batch
+    split = plan.stage_layers or split_layers(layers, mesh.pp)
+    values = (
+        *(mesh.pp, plan.interleave, mesh.dp_replicate, mesh.dp_shard, mesh.cp, mesh.tp, mesh.ep, plan.zero),
+        *(batch.micro_batch, batch.micro_batches, RECOMPUTATIONS.index(plan.recomputation)),
+        *(split[0], max(split[1:-1], default=0), split[-1]),
+    )
+    return Candidates(*(np.array([value], np.int64) for value in values))
