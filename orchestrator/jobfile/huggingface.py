@@ -1,15 +1,21 @@
-"""Sizes of a model from its Hugging Face `config.json`: dense llama-like and gpt2-like decoders."""
+"""Sizes of a model from its Hugging Face `config.json`: llama-like and gpt2-like decoders, dense or with experts."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.core.errors import InvalidInput
 from orchestrator.core.spec import ModelSpec
 
-_LLAMA_LIKE = ("llama", "mistral", "qwen2")
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+_EXPERTS = {
+    "mixtral": ("num_local_experts", "intermediate_size"),
+    "qwen3_moe": ("num_experts", "moe_intermediate_size"),
+}
+"""Build -> the keys of the number of experts and of the intermediate size of each; all layers have experts."""
 _LIMIT_BYTES = 1_000_000
 
 
@@ -24,7 +30,9 @@ def read_config(path: Path, seq_length: int | None) -> ModelSpec:
         return _gpt2(config, path, seq_length)
     if kind in _LLAMA_LIKE:
         return _llama(config, path, seq_length)
-    known = ", ".join((*_LLAMA_LIKE, "gpt2"))
+    if kind in _EXPERTS:
+        return _experts(config, path, seq_length, *_EXPERTS[kind])
+    known = ", ".join((*_LLAMA_LIKE, *_EXPERTS, "gpt2"))
     raise InvalidInput(
         f"{path}: model_type {str(kind)[:60]!r} is not one of {known}; give the sizes in spec.model instead"
     )
@@ -62,8 +70,7 @@ def _size(config: dict[str, Any], path: Path, key: str, default: int | None = No
 
 def _llama(config: dict[str, Any], path: Path, seq_length: int | None) -> ModelSpec:
     hidden, heads = _size(config, path, "hidden_size"), _size(config, path, "num_attention_heads")
-    if config.get("head_dim") not in {None, hidden // heads}:
-        raise InvalidInput(f"{path}: head_dim is not hidden_size / num_attention_heads, which the planner cannot weigh")
+    head = hidden // heads if config.get("head_dim") is None else _size(config, path, "head_dim")
     return ModelSpec(
         layers=_size(config, path, "num_hidden_layers"),
         hidden=hidden,
@@ -73,6 +80,18 @@ def _llama(config: dict[str, Any], path: Path, seq_length: int | None) -> ModelS
         vocab=_size(config, path, "vocab_size"),
         seq_length=seq_length or _size(config, path, "max_position_embeddings"),
         tied_embeddings=config.get("tie_word_embeddings") is True,
+        head_size=None if head * heads == hidden else head,
+    )
+
+
+def _experts(config: dict[str, Any], path: Path, seq_length: int | None, number: str, width: str) -> ModelSpec:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise InvalidInput(f"{path}: some layers have no experts; give the sizes in spec.model instead")
+    return replace(
+        _llama(config, path, seq_length),
+        experts=_size(config, path, number),
+        experts_per_token=_size(config, path, "num_experts_per_tok"),
+        expert_hidden=_size(config, path, width),
     )
 
 

@@ -79,6 +79,8 @@ class ModelKeys(Keys):
     expert_hidden: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
     shared_hidden: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
     dense_layers: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
+    expert_input: Size | None = None
+    full_attention_layers: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
 
 
 class BatchKeys(Keys):

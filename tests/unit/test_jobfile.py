@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,11 @@ def test_sizes_from_a_hugging_face_config(folder: Path) -> None:
     llama = ModelSpec(32, 4096, 32, 8, 14336, 128256, 131072)
     assert with_config(folder, LLAMA).model == llama
     assert with_config(folder, LLAMA, seqLength=8192).model == ModelSpec(32, 4096, 32, 8, 14336, 128256, 8192)
+    assert with_config(folder, {**LLAMA, "head_dim": 64}).model == replace(llama, head_size=64)
+    mixtral = {**LLAMA, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    assert with_config(folder, mixtral).model == replace(llama, experts=8, experts_per_token=2, expert_hidden=14336)
+    qwen = {**mixtral, "model_type": "qwen3_moe", "num_experts": 128, "moe_intermediate_size": 768}
+    assert with_config(folder, qwen).model == replace(llama, experts=128, experts_per_token=2, expert_hidden=768)
     assert with_config(folder, GPT2).model == ModelSpec(12, 768, 12, 12, 3072, 50257, 1024, True, False)
 
 
@@ -395,10 +401,12 @@ def test_sizes_from_a_hugging_face_config(folder: Path) -> None:
     [
         ("{", "not JSON"),
         ("[]", "not a Hugging Face config.json"),
-        ({"model_type": "mixtral"}, "model_type 'mixtral' is not one of llama, mistral, qwen2, gpt2"),
+        ({"model_type": "t5"}, "model_type 't5' is not one of llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, gpt2"),
+        ({**LLAMA, "model_type": "mixtral"}, "num_local_experts is missing"),
+        ({**LLAMA, "model_type": "qwen3_moe", "decoder_sparse_step": 2}, "some layers have no experts"),
         ({**LLAMA, "hidden_size": None}, "hidden_size is missing"),
         ({**LLAMA, "vocab_size": "many"}, "vocab_size must be a whole number of at least 1, not many"),
-        ({**LLAMA, "head_dim": 64}, "head_dim is not hidden_size / num_attention_heads"),
+        ({**LLAMA, "head_dim": 0}, "head_dim must be a whole number of at least 1, not 0"),
         ({**LLAMA, "num_attention_heads": 7, "num_key_value_heads": 7}, "is not a multiple of heads (7)"),
     ],
 )
