@@ -20,7 +20,7 @@ LOOK_S = 30.0
 
 @dataclass(slots=True)
 class Ahead:
-    """The ladder of one job. Searches that it makes are kept with its `effects`, where a plan after a loss finds them."""
+    """The ladder of one job. Its searches are kept with `effects`, where a plan after a loss finds them."""
 
     spec: JobSpec
     effects: Effects

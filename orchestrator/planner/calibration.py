@@ -42,7 +42,7 @@ class Calibration:
         return Calibration(seen)
 
     def near(self, other: Calibration, within: float = 1.05) -> bool:
-        """Whether no factor differs by more than `within` times: then plans made with one are as good as with the other."""
+        """Whether no factor differs by more than `within` times: plans made with one are as good as with the other."""
         keys = self.seen.keys() | other.seen.keys()
         return all(1 / within <= self.factor(*key) / other.factor(*key) <= within for key in keys)
 
