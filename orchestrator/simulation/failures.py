@@ -24,9 +24,6 @@ class Kind(enum.StrEnum):
     MAINTENANCE = "maintenance"  # planned: announced, then gone
 
 
-ANNOUNCED = (Kind.PREEMPTION, Kind.MAINTENANCE)
-
-
 @dataclass(frozen=True, slots=True)
 class Outage:
     """`nodes` (indices) are away from `start_s` to `end_s`; of a process failure they are where it happened."""

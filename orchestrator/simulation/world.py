@@ -41,7 +41,7 @@ from orchestrator.core.types import (
 )
 from orchestrator.planner import Infeasible, Planned
 from orchestrator.simulation.account import Account, Stretch
-from orchestrator.simulation.failures import ANNOUNCED, Kind, Outage
+from orchestrator.simulation.failures import Kind, Outage
 from orchestrator.simulation.policies import Planner, Policy
 from orchestrator.simulation.timing import Timing
 
@@ -402,6 +402,3 @@ def _of(generation: Generation) -> float:
 
 def _now(answer: CheckpointPrepared, now_s: float) -> CheckpointPrepared:
     return CheckpointPrepared(now_s, answer.request, answer.step)
-
-
-__all__ = ["ANNOUNCED", "World"]
