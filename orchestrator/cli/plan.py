@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from orchestrator.planner import Candidate, Infeasible, Planned
     from orchestrator.planner.calibration import Calibration
 
-_NODES = "Nodes x devices : kind, for example 7x8:h100, or 3x8:h100,1x4:h100. Kind: a name of the catalogue; else cpu."
+_NODES = (
+    "Nodes x devices : kind, for example 7x8:h100, or 3x8:h100,1x4:h100. Kind: a name of the catalogue; else cpu. "
+    "@0.7 behind it: they run at so much of their usual speed, for example 7x8:h100,1x8:h100@0.7."
+)
 _LOSE = "Then lose these nodes: a number of them, or names (node-3,node-5). Repeatable for one loss after another."
 _LADDER = "Then the plans for so many losses more, as a running job has them ready."
 _EVALUATE = "Instead of planning: a table (CSV) of measured runs; predictions are shown beside them. Repeatable."
 _CALIBRATE = "With --evaluate: add what the measured steps teach to this file."
 _CALIBRATION = "Correct estimates by what --calibrate or a running job has kept in this file."
-_GROUP = re.compile(r"([1-9]\d{0,4})(?:x([1-9]\d{0,3}))?(?::([A-Za-z0-9][\w .-]*))?")
+_GROUP = re.compile(r"([1-9]\d{0,4})(?:x([1-9]\d{0,3}))?(?::([A-Za-z0-9][\w .-]*))?(?:@(0?\.\d{1,3}|1(?:\.0)?))?")
 
 
 def plan(
@@ -106,14 +109,19 @@ def capacity_of(text: str) -> list[NodeCapacity]:
     for group in text.split(","):
         match = _GROUP.fullmatch(group.strip())
         if match is None:
-            raise InvalidInput(f"--nodes {text!r} cannot be read: write nodes x devices : kind, for example 7x8:h100")
+            raise InvalidInput(
+                f"--nodes {text!r} cannot be read: write nodes x devices : kind @ speed up to 1, for example 7x8:h100"
+            )
         kind = match[3] or "cpu"
         device = find(kind)
         if device is None:
             raise InvalidInput(f"--nodes {text!r} names the unknown device {kind!r}: known are {', '.join(CATALOGUE)}")
         first = len(found)
         names = [f"node-{number}" for number in range(first, first + int(match[1]))]
-        found += [NodeCapacity(name, int(match[2] or 1), device.memory_bytes, device.name) for name in names]
+        speed = float(match[4] or 1)
+        if not speed:
+            raise InvalidInput(f"--nodes {text!r} has nodes of speed 0: leave them out")
+        found += [NodeCapacity(name, int(match[2] or 1), device.memory_bytes, device.name, speed) for name in names]
     return found
 
 

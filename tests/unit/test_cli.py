@@ -163,6 +163,19 @@ def test_plans_are_ranked_and_follow_losses(job: Path, capsys: pytest.CaptureFix
     assert "at first: dp_shard 3" in capsys.readouterr().out
 
 
+def test_slow_nodes_are_planned_with_smaller_shares(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job.write_text(
+        JOB.replace("{global: 8}", "{global: 960}").replace("layers: 4, hidden: 64", "layers: 32, hidden: 4096")
+    )
+    assert main(["plan", "job.yaml", "--nodes", "3x8:h100,1x8:h100@0.5", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["rounds"]
+    samples = found["plan"]["batch"]["samples"]
+    assert sum(samples) == 960 and min(samples) < max(samples) - 1
+    assert found["assignment"]["nodes"][-1]["node"] == "node-3"
+    assert "cannot be read" in failed(capsys, 2, "plan", "job.yaml", "--nodes", "1x8:h100@1.5")
+    assert "speed 0" in failed(capsys, 2, "plan", "job.yaml", "--nodes", "1x8:h100@.0")
+
+
 LARGE = """
 apiVersion: regrow.dev/v1alpha1
 kind: TrainingJob
