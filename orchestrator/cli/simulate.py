@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.simulation.study import Result, Study
 
 _NODES = "Nodes x devices : kind, all alike, for example 2048x8:h100."
-_FAILURES = "A failure model by name: llama3, rsc1, rsc2, opt175b, spot, racks or none."
+_FAILURES = "A failure model by name: llama3 (unless another is given), rsc1, rsc2, opt175b, spot, racks or none."
 _TRACE = "A capacity trace instead: a CSV file with t_s and available_nodes (or available_gpus, or nodes_after)."
 _POLICY = "Only this policy: regrow, baseline, wait, spares, equal or interval. Repeatable."
 _SPARES = "Nodes that the policies baseline and spares hold back; else a fiftieth."
@@ -36,7 +36,7 @@ def simulate(
     /,
     *,
     nodes: Annotated[str, Parameter(help=_NODES)],
-    failures: Annotated[str, Parameter(help=_FAILURES)] = "llama3",
+    failures: Annotated[str | None, Parameter(help=_FAILURES)] = None,
     trace: Annotated[Path | None, Parameter(help=_TRACE)] = None,
     days: Annotated[float, Parameter(help="Days to simulate.", validator=Number(gt=0, lte=3660))] = 54.0,
     seeds: Annotated[int, Parameter(help="So many seeds, 1, 2, ...", validator=Number(gte=1, lte=1000))] = 3,
@@ -57,7 +57,10 @@ def simulate(
     from orchestrator.simulation import policies, study, traces
 
     capacity = tuple(capacity_of(nodes))
-    model = None if trace else _model(failures, rate, repair_hours)
+    if trace and any(one is not None for one in (failures, rate, repair_hours)):
+        raise InvalidInput("--trace says what happens to nodes: leave out --failures, --rate and --repair-hours")
+    source = trace.name if trace else failures or "llama3"
+    model = None if trace else _model(source, rate, repair_hours)
     steps = traces.parse_trace(_read(trace), trace.name, capacity[0].devices) if trace else []
     names = policy or list(policies.POLICIES)
     chosen = [policies.named(name) for name in dict.fromkeys(names)]
@@ -71,11 +74,11 @@ def simulate(
     with _progress(wanted) as done:
         results = study.run(wanted, os.cpu_count() or 1, done)
     if report is not None:
-        simulation.write_report(report, wanted, results, trace.name if trace else failures)
+        simulation.write_report(report, wanted, results, source)
     if json:
         print(jsonlib.dumps(study.to_data(wanted, results), allow_nan=False))
     else:
-        simulation.show(wanted, results, trace.name if trace else failures)
+        simulation.show(wanted, results, source)
 
 
 def _model(name: str, rate: float | None, repair_hours: float | None) -> FailureModel:

@@ -57,8 +57,11 @@ def test_the_same_seeds_give_the_same_report_byte_for_byte(capsys: pytest.Captur
 
 def test_a_trace_takes_the_place_of_failures(capsys: pytest.CaptureFixture[str]) -> None:
     Path("trace.csv").write_text("t_s,available_nodes\n0,8\n3600,5\n7200,8\n")
-    assert simulate("--trace", "trace.csv", "--seeds", "1", "--policy", "regrow") == 0
+    wanted = ["simulate", "job.yaml", "--nodes", "8x8:h100", "--days", "1", "--trace", "trace.csv", "--seeds", "1"]
+    assert main([*wanted, "--policy", "regrow"]) == 0
     assert "failures: trace.csv" in capsys.readouterr().out
+    assert main([*wanted, "--rate", "3"]) == 2
+    assert "leave out --failures, --rate and --repair-hours" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_a_trace_takes_the_place_of_failures(capsys: pytest.CaptureFixture[str])
     [
         (["--failures", "llama4"], "no failure model 'llama4': choose one of llama3"),
         (["--policy", "hope"], "no policy 'hope': choose one of regrow"),
-        (["--trace", "none.csv"], "--trace none.csv cannot be read (No such file or directory): give a CSV file"),
+        (["--trace", "none.csv"], "--trace says what happens to nodes"),
         (["--spares", "8"], "--spares is 8 of 8 nodes: leave some to train on"),
         (["--report", "no/where.html", "--seeds", "1", "--policy", "wait"], "--report no/where.html cannot be written"),
         (["--days", "0"], "--days"),
@@ -76,6 +79,11 @@ def test_what_cannot_be_simulated(arguments: list[str], words: str, capsys: pyte
     assert simulate(*arguments) == 2
     output, errors = capsys.readouterr()
     assert output == "" and errors.count("\n") == 1 and words in errors
+
+
+def test_a_trace_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "job.yaml", "--nodes", "8x8:h100", "--trace", "none.csv"]) == 2
+    assert "--trace none.csv cannot be read (No such file or directory): give a CSV file" in capsys.readouterr().err
 
 
 def test_jobs_and_clusters_that_cannot_be_simulated(capsys: pytest.CaptureFixture[str]) -> None:
