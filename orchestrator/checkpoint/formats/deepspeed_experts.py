@@ -109,6 +109,11 @@ class Experts:
         return int(match["expert"]) // share == team
 
 
+def is_of_expert(name: str) -> bool:
+    """Whether a parameter with this name is an expert's."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _is_gate(layer: str, name: str) -> bool:
     return name.startswith(layer + "gate.")
 

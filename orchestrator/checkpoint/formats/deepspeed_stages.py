@@ -23,7 +23,7 @@ from orchestrator.core.errors import CheckpointError
 FLAT = "fp32_groups_flat"
 MAX_UNWRITTEN = 2
 """Modules that are tied though one layer is written, at most."""
-MAX_TRIES = 1_000
+MAX_TRIES = 10_000
 """Stages that are looked at before the division counts as unknown."""
 SAMPLE = 1024
 """Elements of a layer's tensor that are compared with those of a layer that may be the same."""
@@ -68,13 +68,13 @@ class _Sample:
 
 
 def _sample(files: Files, name: str, tensor: object) -> _Sample:
-    if not isinstance(tensor, StoredTensor) or not tensor.elements:
+    if not isinstance(tensor, StoredTensor) or not tensor.elements or tensor.strides is not None:
         return _Sample((name, type(tensor)), b"", learnt=False)
     item = ITEM_BYTES[tensor.dtype]
     data = bytearray(min(tensor.elements, SAMPLE) * item)
     files.read_into(tensor.file, tensor.begin, memoryview(data))
     rows = np.frombuffer(data, np.uint8).reshape(-1, item)
-    kind = (name, tensor.shape, tensor.dtype, tensor.strides)
+    kind = (name, tensor.shape, tensor.dtype)
     return _Sample(kind, bytes(data), learnt=bool((rows != rows[0]).any()))
 
 
@@ -92,6 +92,7 @@ class Stages:
         self.files, self.optimizers, self.whole = files, optimizers, whole
         self.layers = [layer for layer in layers if self._parameters([layer])]
         self.sizes = [_size(optimizer) for optimizer in optimizers]
+        self.weights = [self._sizes(optimizer.find(FLAT) is not None) for optimizer in optimizers]
         prefixes = [layer.prefix for layer in self.layers]
         self.written = {prefix for prefix in prefixes if prefixes.count(prefix) > 1}
         """Prefixes of modules of which several layers are written."""
@@ -128,6 +129,7 @@ class Stages:
 
     def _ways(self, stage: int, begin: int, further: int) -> Iterator[list[Module]]:
         """Ways to give the layers from `begin` on to the stages from `stage` on, with so many further modules."""
+        self._count_try()
         if stage == len(self.optimizers):
             if begin == len(self.layers) and not further:
                 yield []
@@ -158,23 +160,31 @@ class Stages:
                 yield part
 
     def _fits(self, stage: int, part: Module) -> bool:
+        self._count_try()
+        return can_be_of(self.files, self.optimizers[stage], part)
+
+    def _count_try(self) -> None:
         self.tries += 1
         if self.tries > MAX_TRIES:
             raise CheckpointError(
                 f"{self.optimizers[0].label} is of a pipeline without ZeRO, whose layers divide into stages in too "
                 "many ways to tell which is right: save with ZeRO 1, which names the parameters"
             )
-        return can_be_of(self.files, self.optimizers[stage], part)
 
     def _parameters(self, layers: Sequence[Layer]) -> dict[str, None]:
         buffers = self.whole.buffers or set()
         return dict.fromkeys(name for layer in layers for name in layer.names() if name not in buffers)
 
     def _total(self, stage: int, layers: Sequence[Layer]) -> int:
-        names = self._parameters(layers)
-        if self.optimizers[stage].find(FLAT) is None:
-            return len(names)
-        return sum(self.whole.values[name].tensor(name).elements for name in names)
+        return sum(self.weights[stage][prefix] for prefix in {layer.prefix for layer in layers})
+
+    def _sizes(self, flat: bool) -> dict[str, int]:
+        """Of each module how many parameters it has; elements for an optimizer that flattens them."""
+        values = self.whole.values
+        return {
+            layer.prefix: sum(values[name].tensor(name).elements if flat else 1 for name in self._parameters([layer]))
+            for layer in self.layers
+        }
 
 
 def _size(optimizer: Node) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from orchestrator.checkpoint.archive import StoredTensor
 from orchestrator.checkpoint.files import Files
+from orchestrator.checkpoint.formats.deepspeed_experts import is_of_expert
 from orchestrator.checkpoint.formats.deepspeed_flat import (
     STEP,
     FlatGroup,
@@ -78,7 +79,7 @@ class Unpartitioned:
             return self._flat(flats)
         ids = [[one.count() for one in group.at("params").items()] for group in self.groups.items()]
         masters = self._masters(ids)
-        queues = [self._queue(group, masters) for group in ids]
+        queues = [self._queue(group, masters, mark) for group, mark in zip(ids, self._marks(), strict=True)]
         found = []
         for group, names in zip(ids, self._named(queues, lambda name: 1), strict=True):
             pairs = zip(group, names, strict=True)
@@ -101,9 +102,16 @@ class Unpartitioned:
             found.update(zip(group, members, strict=True))
         return found
 
-    def _queue(self, ids: Sequence[int], masters: dict[int, Node]) -> _Queue:
+    def _marks(self) -> list[bool | None]:
+        """Of each group whether its parameters are experts'; None where no group says so."""
+        marks = [(found := group.find("moe")) is not None and found.value is True for group in self.groups.items()]
+        return list(marks) if any(marks) else [None for _ in marks]
+
+    def _queue(self, ids: Sequence[int], masters: dict[int, Node], of_experts: bool | None) -> _Queue:
         def fits(position: int, name: str) -> bool:
             one = ids[position]
+            if of_experts not in (None, is_of_expert(name)):
+                return False
             shape = self.module.values[name].value.shape
             if one in masters:
                 master = masters[one].tensor()
@@ -192,7 +200,10 @@ class Unpartitioned:
     def _flat(self, flats: Node) -> list[Group]:
         """Fused fp16 or bf16 optimizers: one master vector per group."""
         vectors = [node.tensor() for node in flats.items()]
-        queues = [self._flat_queue(vector) for vector in vectors]
+        marks = self._marks()
+        if len(marks) != len(vectors):
+            raise flats.fail(f"has {len(vectors)} vectors for {len(marks)} parameter groups")
+        queues = [self._flat_queue(vector, mark) for vector, mark in zip(vectors, marks, strict=True)]
         found = []
         for index, names in enumerate(self._named(queues, self._size)):
             shapes = {name: self.module.values[name].tensor(name).shape for name in names}
@@ -211,8 +222,10 @@ class Unpartitioned:
             found.append(parameters)
         return found
 
-    def _flat_queue(self, vector: StoredTensor) -> _Queue:
+    def _flat_queue(self, vector: StoredTensor, of_experts: bool | None) -> _Queue:
         def fits(position: int, name: str) -> bool:
+            if of_experts not in (None, is_of_expert(name)):
+                return False
             return position + self._size(name) <= vector.elements and self._rounds(name, vector, position)
 
         return _Queue(vector.elements, cache(fits))

@@ -49,8 +49,12 @@ def open_files(files: Files, reading: Reading) -> UniversalView:
         raise InvalidInput(f"{files.location} holds one set of weights: leave out the tag {reading.tag!r}")
     expected = _index(files)
     stored: dict[str, StoredTensor] = {}
+    notes = ["weights only: the source holds no optimizer state"]
     for file in sorted(set(expected.values())) if expected else _single(files):
-        for name, tensor in _tensors(files, file).items():
+        found, unread = _tensors(files, file)
+        if unread:
+            notes = [f"weights only: of {files.label(file)} this is not read: {', '.join(unread)}"]
+        for name, tensor in found.items():
             if name in stored:
                 raise corrupt(files.label(file), f"{files.label(stored[name].file)} holds it, too", name)
             stored[name] = tensor
@@ -66,7 +70,7 @@ def open_files(files: Files, reading: Reading) -> UniversalView:
         tensors=tensors,
         source=NAME,
         aliases=aliases | _tied(files, tensors),
-        notes=("weights only: the source holds no optimizer state",),
+        notes=notes,
     )
 
 
@@ -94,12 +98,15 @@ def _single(files: Files) -> list[str]:
     return found or sorted(name for name in names if _is_torch_file(name))
 
 
-def _tensors(files: Files, file: str) -> dict[str, StoredTensor]:
+def _tensors(files: Files, file: str) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The weights in a file, and what it holds besides."""
     if file.endswith(".safetensors"):
-        return read_safetensors(files, file)[0]
+        return read_safetensors(files, file)[0], []
     content = load_archive(files, file)
+    unread: list[str] = []
     for key in ("model", "state_dict", "module", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
+            unread = [str(other) for other in content if other != key]
             content = content[key]
             break
     if not isinstance(content, dict):
@@ -107,7 +114,7 @@ def _tensors(files: Files, file: str) -> dict[str, StoredTensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, StoredTensor)}
     if not tensors:
         raise CheckpointError(f"{files.label(file)} holds no state dict of tensors: give a file of weights")
-    return tensors
+    return tensors, unread
 
 
 def _logical(stored: dict[str, StoredTensor]) -> tuple[dict[str, LogicalTensor], dict[str, str]]:
