@@ -65,22 +65,27 @@ def inspect(
 def verify(path: Location, /, *, source: Format = None, tag: Tag = None, json: Json = False) -> None:
     """Read every byte of a checkpoint and compare it with its checksums (exit code 3 if it is corrupt).
 
-    Of formats that keep no checksums, check that every element is there exactly once and can be read.
+    Of formats that keep no checksums, check that every element is there exactly once and can be read. Where several
+    ranks hold a tensor, tell of copies that differ: one of them is used, or their mean.
 
     Example: regrow checkpoint verify runs/gpt-1/checkpoints/step-00000040-gen-0003
     """
+    from orchestrator.checkpoint.agreement_of_copies import disagreements
     from orchestrator.checkpoint.formats import open_checkpoint
     from orchestrator.checkpoint.verify import verify_any
 
     found = verify_any(path, source=source, tag=tag)
-    where = open_checkpoint(path, source=source, tag=tag).files.location
+    view = open_checkpoint(path, source=source, tag=tag)
+    where, copies = view.files.location, [str(one) for one in disagreements(view)]
     if json:
         data = {"path": where, "bytes": found.bytes, "seconds": found.seconds, "tensors": found.tensors}
-        print(jsonlib.dumps(data | {"bytes_without_checksum": found.unproven}))
+        print(jsonlib.dumps(data | {"bytes_without_checksum": found.unproven, "copies_that_differ": copies}))
         return
     print(f"{where} is whole: {found.tensors} tensors, {found.bytes} bytes in {found.seconds:.2f} s")
     if found.unproven:
         print(f"{found.unproven} of these bytes have no checksum in this format: they were read, not compared")
+    for line in copies:
+        print(f"note: {line}")
 
 
 @app.command
