@@ -28,7 +28,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.facts import CheckpointRecorded
 from orchestrator.core.spec import JobSpec
-from orchestrator.planner import Calibration, Infeasible, Ready, learn, plan, step_s
+from orchestrator.planner import Calibration, Infeasible, Ready, learn, plan
 
 log = structlog.get_logger(__name__)
 
@@ -108,13 +108,7 @@ class Effects:
             return PlanImpossible(self.clock(), command.request, f"the planner failed: {error!r}")
         if isinstance(planned, Infeasible):
             return PlanImpossible(self.clock(), command.request, planned.reason)
-        return PlanMade(self.clock(), command.request, planned.plan, planned.assignment, self._previous_s(command))
-
-    def _previous_s(self, command: MakePlan) -> float:
-        """The previous plan's step by the same calibration as the new one's, so that the two can be compared."""
-        if command.previous is None or command.assignment is None:
-            return 0.0
-        return step_s(self.spec, command.previous, command.assignment, command.nodes, self.calibration)
+        return PlanMade(self.clock(), command.request, planned.plan, planned.assignment)
 
     def _prepare(self, command: PrepareCheckpoint) -> Event:
         try:

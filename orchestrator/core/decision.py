@@ -6,7 +6,7 @@ which is therefore left out; growing later, or now, costs another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from orchestrator.core.types import Plan
 
@@ -46,11 +46,6 @@ def speed(plan: Plan, full: Plan) -> float:
     if plan.step_s > 0 and full.step_s > 0:
         return full.step_s / plan.step_s
     return plan.mesh.world_size / full.mesh.world_size
-
-
-def estimated(plan: Plan, step_s: float) -> Plan:
-    """The plan with a newer estimate of its step; 0 = there is none."""
-    return replace(plan, step_s=step_s) if step_s > 0 else plan
 
 
 def after_loss(before: Plan, left: Plan, *, wait_s: float | None, switch_s: float, horizon_s: float) -> Decision:

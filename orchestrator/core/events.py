@@ -62,8 +62,6 @@ class PlanMade:
     request: int
     plan: Plan
     assignment: Assignment
-    previous_step_s: float = 0.0
-    """What a step of the previous plan is estimated at with all that is known now; 0 = as when it was made."""
 
 
 @dataclass(frozen=True, slots=True)

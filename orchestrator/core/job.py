@@ -15,7 +15,7 @@ from orchestrator.core.commands import (
     PrepareCheckpoint,
     PruneCheckpoints,
 )
-from orchestrator.core.decision import Decision, Option, after_loss, estimated
+from orchestrator.core.decision import Decision, Option, after_loss
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointPrepared,
@@ -153,9 +153,8 @@ class Job(LiveJob):
             else:
                 self._no_plan = (request.nodes, event.reason)
         elif self._growing:
-            self._consider_growth(event.plan, request.nodes, event.previous_step_s)
+            self._consider_growth(event.plan, request.nodes)
         else:
-            self._before_s = event.previous_step_s
             self._chosen, self._planned_for = (event.plan, event.assignment), request.nodes
 
     def _observe_prepared(self, event: CheckpointPrepared | CheckpointUnusable) -> None:
@@ -275,8 +274,7 @@ class Job(LiveJob):
             self._decide(Decision(Option("use spare", horizon_s, replaced), (), horizon_s))
             return None
         wait_s = rates.return_s(history, away, self.now_s)
-        before = estimated(last.plan, self._before_s)
-        decision = after_loss(before, plan, wait_s=wait_s, switch_s=policy.switch_s(history), horizon_s=horizon_s)
+        decision = after_loss(last.plan, plan, wait_s=wait_s, switch_s=policy.switch_s(history), horizon_s=horizon_s)
         self._decide(decision)
         return f"waiting for {', '.join(away)}: {decision.reason}" if decision.chosen.name == "wait" else None
 

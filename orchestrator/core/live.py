@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.core import capacity, policy, rates
-from orchestrator.core.decision import Decision, estimated
+from orchestrator.core.decision import Decision
 from orchestrator.core.facts import (
     GenerationEnded,
     GenerationRan,
@@ -144,18 +144,14 @@ class LiveJob(JobState):
         if self._declined is None or self._declined[0] != nodes:
             self._ask_for_plan(nodes, growing=True)
 
-    def _consider_growth(self, proposed: Plan, nodes: tuple[NodeCapacity, ...], current_s: float) -> None:
+    def _consider_growth(self, proposed: Plan, nodes: tuple[NodeCapacity, ...]) -> None:
         history = self.history
         if not history.live or history.stopping or history.ran_s is None or history.generation is None:
             return
         current = history.generation
         horizon_s = rates.mtbf_s(history, len(nodes), self.now_s)
         decision = policy.growth(
-            estimated(current.plan, current_s),
-            proposed,
-            history.spec,
-            cost_s=policy.switch_s(history),
-            horizon_s=horizon_s,
+            current.plan, proposed, history.spec, cost_s=policy.switch_s(history), horizon_s=horizon_s
         )
         if decision.chosen.name == "stay":
             self._declined = (nodes, decision.reason)

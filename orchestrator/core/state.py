@@ -76,8 +76,6 @@ class JobState:
         self._chosen: tuple[Plan, Assignment] | None = None
         self._planned_for: tuple[NodeCapacity, ...] = ()
         """The nodes that the chosen plan was asked for."""
-        self._before_s = 0.0
-        """Estimate of a step of the plan that ran last, made together with the chosen one's."""
         self._patient = False
         """True while a chosen plan waits for lost nodes to return."""
         self._preparing: PrepareCheckpoint | None = None

@@ -9,20 +9,9 @@ steps that a job reports, `explain` and `shortage` find the words.
 """
 
 from orchestrator.planner.calibration import Calibration
-from orchestrator.planner.learn import learn, step_s
+from orchestrator.planner.learn import learn
 from orchestrator.planner.outcome import Candidate, Infeasible, Planned, Rejection
 from orchestrator.planner.ready import Ready
 from orchestrator.planner.search import ladder, plan
 
-__all__ = [
-    "Calibration",
-    "Candidate",
-    "Infeasible",
-    "Planned",
-    "Ready",
-    "Rejection",
-    "ladder",
-    "learn",
-    "plan",
-    "step_s",
-]
+__all__ = ["Calibration", "Candidate", "Infeasible", "Planned", "Ready", "Rejection", "ladder", "learn", "plan"]

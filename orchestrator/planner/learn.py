@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 
 from orchestrator.core.spec import JobSpec
-from orchestrator.core.types import Assignment, MeasuredPlan, NodeCapacity, Plan
+from orchestrator.core.types import MeasuredPlan, NodeCapacity, Plan
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates
 from orchestrator.planner.judge import judge
@@ -27,23 +26,6 @@ def learn(spec: JobSpec, measured: Iterable[MeasuredPlan], before: Calibration) 
         tp, micro_batch = one.plan.mesh.tp, one.plan.batch.micro_batch
         before = before.observe(pool.device.name, tp, micro_batch, one.step_s, predicted_s)
     return before
-
-
-def step_s(
-    spec: JobSpec, plan: Plan, assignment: Assignment, known: Iterable[NodeCapacity], calibration: Calibration
-) -> float:
-    """What a step of `plan` where it is (or was) assigned is estimated at now: what is known may have changed since it
-    was made, and estimates can be compared only when they are made alike. 0 where the model is not described.
-
-    `known` are nodes whose kinds are known; the others are taken to be like them.
-    """
-    kinds = {node.node: node for node in known}
-    if spec.model is None or not kinds:
-        return 0.0
-    like = next(iter(kinds.values()))
-    nodes = [replace(kinds.get(part.node, like), node=part.node, devices=part.devices) for part in assignment]
-    pool = pools(spec, nodes)[0]
-    return float(judge(spec, pool, calibration).seconds(_candidates(plan, spec.model.layers))[0])
 
 
 def _candidates(plan: Plan, layers: int) -> Candidates:
