@@ -45,7 +45,7 @@ class Ahead:
         """Make the ladder of a generation on the nodes that could be used."""
         async with self._busy:
             self._made_for, self.rungs = (generation.number, nodes), ()
-            known, ready = self.effects.calibration, self.effects.ready
+            known, ready = self.effects.known, self.effects.ready
             found = await asyncio.to_thread(ladder, self.spec, nodes, generation, RUNGS, known, ready)
             self.rungs = tuple(_rung(losses, one) for losses, one in enumerate(found, 1))
 

@@ -45,11 +45,10 @@ class Effects:
     kept: Path | None = None
     """File with what the steps of this and earlier jobs have taught; None = nothing is kept between runs."""
     known: Calibration = field(init=False)
-    """What it held when this job was taken up."""
+    """What it held when this job was taken up. All plans of the job are made with it, so that their estimates can be
+    compared with each other; what the job itself measures counts for the next one."""
     ready: Ready = field(default_factory=Ready)
     """What the planner has searched for this job."""
-    calibration: Calibration = field(default_factory=Calibration)
-    """What plans are made with: what is known, as of when it last changed by more than little."""
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
@@ -99,11 +98,8 @@ class Effects:
 
     def _plan(self, command: MakePlan) -> Event:
         try:
-            learnt = learn(self.spec, command.measured, self.known)
-            self._keep(learnt)
-            if not learnt.near(self.calibration):
-                self.calibration = learnt
-            planned = plan(self.spec, command.nodes, command.previous, command.assignment, self.calibration, self.ready)
+            self._keep(learn(self.spec, command.measured, self.known))
+            planned = plan(self.spec, command.nodes, command.previous, command.assignment, self.known, self.ready)
         except Exception as error:  # a planner bug must leave the job WAITING with a reason, not end the controller
             return PlanImpossible(self.clock(), command.request, f"the planner failed: {error!r}")
         if isinstance(planned, Infeasible):

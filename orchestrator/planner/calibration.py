@@ -41,11 +41,6 @@ class Calibration:
             seen[key] = ((count + 1) * fade, (total + log) * fade)
         return Calibration(seen)
 
-    def near(self, other: Calibration, within: float = 1.05) -> bool:
-        """Whether no factor differs by more than `within` times: plans made with one are as good as with the other."""
-        keys = self.seen.keys() | other.seen.keys()
-        return all(1 / within <= self.factor(*key) / other.factor(*key) <= within for key in keys)
-
     def factor(self, device: str, tp: int, micro_batch: int) -> float:
         """What to multiply an estimate with."""
         log = 0.0

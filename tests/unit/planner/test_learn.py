@@ -59,11 +59,3 @@ def test_a_calibration_is_the_same_after_being_written_and_read() -> None:
     for wrong in (None, {}, {"calibration": 2, "factors": []}, {"calibration": 1, "factors": [["h100", 1, 1, 0, 0]]}):
         with pytest.raises(InvalidInput, match="not a calibration"):
             Calibration.from_data(wrong)
-
-
-def test_little_news_is_no_reason_to_search_anew() -> None:
-    one = Calibration().observe("cpu", 1, 2, 2.0, 1.0)
-    assert one.near(one) and Calibration().near(Calibration())
-    assert one.near(one.observe("cpu", 1, 2, 2.02, 1.0))
-    assert not one.near(Calibration()) and not Calibration().near(one)
-    assert not one.near(one.observe("cpu", 2, 4, 8.0, 1.0))
