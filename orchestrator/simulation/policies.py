@@ -53,7 +53,7 @@ POLICIES = {
         Policy("regrow", "shrink, wait, use what is there or grow, whatever is worth most; interval by Daly"),
         Policy(
             "baseline",
-            "what large runs are known to do: hot spares, automatic restart on as many nodes, saves every half hour",
+            "hot spares, automatic restart on as many nodes, saves every half hour",
             shrink=False,
             spares=SPARES,
             fixed_interval=True,

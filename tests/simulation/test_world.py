@@ -122,7 +122,7 @@ def test_any_study_accounts_for_all_its_time_and_is_the_same_again() -> None:
 def test_the_published_run() -> None:
     """Llama 3 on 2,048 nodes: more than 90 % effective training time (arXiv:2407.21783, section 3.3.4).
 
-    What that run did is `baseline` as far as it is known; regrow has to be better on the same nodes. Eight of the 54
+    `baseline` stands for it, its unpublished interval chosen to fit; regrow has to be better. Eight of the 54
     days, for time: `make bench` has all, and all policies.
     """
     from orchestrator.simulation.failures import PRESETS
