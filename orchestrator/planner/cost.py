@@ -46,8 +46,10 @@ EXPOSED = 0.2
 """Of the data-parallel traffic that could hide behind computing: what does not."""
 EXPOSED_GATHERS = 0.3
 """The same where parameters are gathered layer by layer (ZeRO 3): the first and last ones, and shared memory paths."""
-UNFUSED_ATTENTION = 0.25
-"""The same for batched products with scores in memory."""
+UNFUSED_ATTENTION = 0.5
+"""Of the highest measured rate: batched products with scores in memory."""
+SCORES = 5.0
+"""Passes through memory of such scores: softmax, mask and dropout in one kernel that leaves out half of them."""
 UNALIGNED = 6.0
 """How many times longer batched products take where heads are no multiple of eight numbers: no tensor cores."""
 MEMORY = 0.8
@@ -62,9 +64,8 @@ ROUTED = 2.5
 """Passes of a routed token through memory: sorted by expert, gathered, weighted, summed, and scattered back."""
 HOST_LINK = 0.4
 """Of the time that a host on PCIe needs: one with a coherent link."""
-SMALL_HEAD = 128
-"""Numbers per head from which on fused attention is at its best rate; below, the exponentials take longer than the
-products."""
+EXPONENTIALS = 0.45
+"""Of the exponentials of fused attention: what does not overlap with its products."""
 BACKWARD = 2.0
 """Products of the backward pass per product of the forward pass."""
 ATTENTION_BACKWARD = 2.5
@@ -110,7 +111,11 @@ class Layer:
     forward: Floats
     backward: Floats
     scores: Floats
-    """Of `forward`, attention: what selective recomputation does again."""
+    """Of `forward`, attention."""
+    products: Floats
+    """Of `forward`, the matrix products."""
+    last: Floats
+    """Of these, the one at the end of a layer without experts, whose result its backward pass does not need."""
     tensor: Floats
     """Collectives of `tp` of a forward pass; the backward pass has as many."""
     context: Floats
@@ -150,6 +155,8 @@ def layer_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numb
     """The mean layer of each plan."""
     tokens = plans.micro_batch * (model.seq_length / plans.cp)
     products = _products(model, machine, plans, numbers, tokens)
+    with_experts = expert_layers(model) / model.layers
+    last = (1 - with_experts) * product_s(machine, numbers, tokens, model.hidden, model.ffn_hidden / plans.tp)
     scores, scores_back = _attention(model, machine, plans, numbers, tokens)
     passes = _elementwise_bytes(model, machine, plans, numbers) * tokens / (machine.device.memory_bytes_per_s * MEMORY)
     overhead = (machine.device.overhead_s + numbers.overhead_s) / 3
@@ -163,11 +170,13 @@ def layer_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numb
     context = seen * collective_s(pair, plans.cp, spread, hop_s)
     backward = BACKWARD / 2 if numbers.frozen else BACKWARD
     # Devices with a link of their own to the host wait less for it than those on PCIe.
-    waiting = numbers.routing_s * (HOST_LINK if machine.domain > 8 else 1.0) * expert_layers(model) / model.layers
+    waiting = numbers.routing_s * (HOST_LINK if machine.domain > 8 else 1.0) * with_experts
     return Layer(
         forward=np.maximum(products + scores + passes + overhead, waiting),
         backward=np.maximum(backward * products + scores_back + 2 * passes + 2 * overhead, 2 * waiting),
         scores=scores,
+        products=products,
+        last=last,
         tensor=tensor,
         context=context,
         expert=_all_to_all(model, machine, plans, numbers, tokens),
@@ -218,13 +227,15 @@ def _attention(
     """Scores and weighted sum of a layer: (forward, backward)."""
     device, size = machine.device, query_size(model) / plans.tp * attention_share(model)
     if numbers.fused_attention:
-        rate = device.flops_per_s * numbers.attention * min(1.0, head_size(model) / SMALL_HEAD)
-        forward = 2.0 * tokens * model.seq_length * size / rate  # half is masked out
-        return forward, ATTENTION_BACKWARD * forward
+        rate = min(device.flops_per_s * numbers.attention, numbers.attention_limit)
+        pairs = tokens * model.seq_length / 2  # half is masked out
+        products = 4.0 * pairs * size / rate
+        softmax = EXPONENTIALS * pairs * size / head_size(model) / device.exponentials_per_s
+        return products + softmax, ATTENTION_BACKWARD * products + softmax
     slow = 1.0 if head_size(model) % 8 == 0 else UNALIGNED
     forward = 4.0 * tokens * model.seq_length * size * slow / (device.flops_per_s * UNFUSED_ATTENTION)
-    scores = 10.0 * tokens * model.seq_length * model.heads / plans.tp * device.number_bytes
-    forward = forward + scores / (device.memory_bytes_per_s * MEMORY)
+    passes = SCORES * tokens * model.seq_length * model.heads / plans.tp * device.number_bytes
+    forward = forward + passes / (device.memory_bytes_per_s * MEMORY)
     return forward, 2.0 * forward
 
 
@@ -272,7 +283,7 @@ def time_terms(
     """Seconds per step of each plan, term by term."""
     layer = layer_s(model, machine, plans, numbers)
     once, passes = layer.forward + layer.backward, plans.micro_batches
-    again = np.choose(plans.recomputation, [0 * once, _again(model, numbers, layer), layer.forward])
+    again = np.choose(plans.recomputation, [0 * once, *_again(numbers, layer)])
     more = np.where(plans.recomputation == 2, 3, 2)
     tensor, context, expert = more * layer.tensor, 2.5 * layer.context, more * layer.expert
     logits = _logits_s(model, machine, plans, numbers)
@@ -287,7 +298,7 @@ def time_terms(
     send = _send_s(model, machine, plans)
     scale = 1.0 if calibration is None else calibration.factors(machine.device.name, plans.tp, plans.micro_batch)
     data = _data_s(model, machine, plans, numbers)
-    overlap = machine.device.overlap if numbers.fused else 0.0
+    overlap = machine.device.overlap if numbers.overlapped else 0.0
     exposed = np.where(plans.zero == 3, EXPOSED_GATHERS, EXPOSED)
     # Of several micro-batches only the last one's backward pass has gradients to send, and the first one's forward
     # pass parameters to wait for; parameters that lie scattered are gathered for every one.
@@ -307,9 +318,12 @@ def time_terms(
     )
 
 
-def _again(model: ModelSpec, numbers: Numbers, layer: Layer) -> Floats:
-    """Selective recomputation: attention where scores would be kept, else the elementwise operations."""
-    return layer.scores if not numbers.fused_attention else 0.12 * layer.forward
+def _again(numbers: Numbers, layer: Layer) -> tuple[Floats, Floats]:
+    """(Selective, full) recomputation of a layer."""
+    if not numbers.stops_early:
+        return layer.scores if not numbers.fused_attention else 0.12 * layer.forward, layer.forward
+    elementwise = layer.forward - layer.products - layer.scores
+    return numbers.products_again * layer.products + elementwise, layer.forward - layer.last
 
 
 def _logits_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:

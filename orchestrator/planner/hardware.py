@@ -29,6 +29,8 @@ class Device:
     """The same in fp8; 0 = has none, so that fp8 runs at the speed of bf16."""
     fp4_flops_per_s: float
     """Of dense fp4 products, as the vendor says; 0 = has none."""
+    exponentials_per_s: float
+    """Of special-function units: what softmax needs beside products."""
     memory_bytes: int
     """0 = depends on the host: only what nodes report counts."""
     memory_bytes_per_s: float
@@ -53,12 +55,13 @@ def _gpu(
     peak: float,
     measured: float,
     narrow: tuple[float, float],
+    units: tuple[int, float],
     gigabytes: int,
     terabytes_per_s: float,
     links: tuple[float, float],
     domain: int = 8,
 ) -> Device:
-    """TFLOP/s, TFLOP/s, TFLOP/s (in fp8, in fp4), GiB, TB/s, GB/s (inside, outside)."""
+    """TFLOP/s, TFLOP/s, TFLOP/s (in fp8, in fp4), (multiprocessors, GHz), GiB, TB/s, GB/s (inside, outside)."""
     return Device(
         name=name,
         backend="nccl",
@@ -66,6 +69,7 @@ def _gpu(
         flops_per_s=measured * 1e12,
         fp8_flops_per_s=narrow[0] * 1e12,
         fp4_flops_per_s=narrow[1] * 1e12,
+        exponentials_per_s=units[0] * 16 * units[1] * 1e9,
         memory_bytes=gigabytes * GIB,
         memory_bytes_per_s=terabytes_per_s * 1e12,
         node_bytes_per_s=links[0] * 1e9,
@@ -81,19 +85,19 @@ def _gpu(
 CATALOGUE = {
     device.name: device
     for device in (
-        Device("cpu", "gloo", 3e10, 3e10, 0, 0, 0, 1e10, 1e9, 1e9, 2e-4, 1e-3, 0.0, 4, 1_000_000),
-        _gpu("v100", 125, 100, (0, 0), 32, 0.9, (150, 12.5)),
-        _gpu("a100-40gb", 312, 271.2, (0, 0), 40, 1.555, (300, 25)),
-        _gpu("a100", 312, 271.2, (0, 0), 80, 2.0, (300, 25)),
-        _gpu("h100-hbm2e", 989, 794.5 * 0.68, (1402.6 * 0.68, 0), 96, 2.4, (450, 50)),
-        _gpu("h100", 989, 794.5, (1402.6, 0), 80, 3.35, (450, 50)),
-        _gpu("h200", 989, 794.5, (1453.4, 0), 141, 4.8, (450, 50)),
-        _gpu("gh200", 989, 828.6, (1535.0, 0), 96, 4.0, (450, 25), 4),
-        _gpu("b200", 2250, 1745, (3432.5, 9000), 180, 8.0, (900, 50)),
-        _gpu("b300", 2250, 1769, (3353.3, 12600), 288, 8.0, (900, 100)),
-        _gpu("gb200", 2500, 1822, (3615.6, 10000), 186, 8.0, (900, 50), 72),
-        _gpu("gb300", 2500, 1822 * 1.2, (3615.6 * 1.2, 15000), 288, 8.0, (900, 100), 72),
-        _gpu("mi300x", 1307, 1307 * 0.6, (2614 * 0.55, 0), 192, 5.3, (448, 50)),
+        Device("cpu", "gloo", 3e10, 3e10, 0, 0, 1e9, 0, 1e10, 1e9, 1e9, 2e-4, 1e-3, 0.0, 4, 1_000_000),
+        _gpu("v100", 125, 100, (0, 0), (80, 1.53), 32, 0.9, (150, 12.5)),
+        _gpu("a100-40gb", 312, 271.2, (0, 0), (108, 1.41), 40, 1.555, (300, 25)),
+        _gpu("a100", 312, 271.2, (0, 0), (108, 1.41), 80, 2.0, (300, 25)),
+        _gpu("h100-hbm2e", 989, 794.5 * 500 / 700, (1402.6 * 500 / 700, 0), (132, 1.7), 96, 2.4, (450, 50)),
+        _gpu("h100", 989, 794.5, (1402.6, 0), (132, 1.83), 80, 3.35, (450, 50)),
+        _gpu("h200", 989, 794.5, (1453.4, 0), (132, 1.83), 141, 4.8, (450, 50)),
+        _gpu("gh200", 989, 828.6, (1535.0, 0), (132, 1.83), 96, 4.0, (450, 25), 4),
+        _gpu("b200", 2250, 1745, (3432.5, 9000), (148, 1.85), 180, 8.0, (900, 50)),
+        _gpu("b300", 2250, 1769, (3353.3, 12600), (2 * 148, 1.85), 288, 8.0, (900, 100)),
+        _gpu("gb200", 2500, 1822, (3615.6, 10000), (148, 1.9), 186, 8.0, (900, 50), 72),
+        _gpu("gb300", 2500, 1822 * 1.2, (3615.6 * 1.2, 15000), (2 * 148, 1.9), 288, 8.0, (900, 100), 72),
+        _gpu("mi300x", 1307, 1307 * 0.6, (2614 * 0.55, 0), (304, 2.1), 192, 5.3, (448, 50)),
     )
 }
 """Devices by name. `h100-hbm2e` is the 500 W part with 96 GB; its measured product is scaled by its power."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 import numpy as np
 
@@ -28,13 +29,22 @@ class Numbers:
     frozen: bool = False
     """Only small adapters are trained (LoRA): no gradients, states or weight products of the model itself."""
     fused: bool = True
-    """Elementwise operations are compiled or fused into few passes over memory, and collectives overlap products."""
+    """Elementwise operations are compiled or fused into few passes over memory."""
+    overlapped: bool = True
+    """Collectives of data-parallel ranks run beside computing."""
     process_bytes: int = 5 * 1024**3
     """What a process has on a GPU beside tensors, and what fragments: context, libraries, collective buffers."""
     overhead_s: float = 0.0
     """Of each layer and micro-batch, beside the device's: Python, synchronisation."""
-    attention: float = 0.41
-    """Of the highest measured 16-bit rate: fused attention, forward and backward."""
+    attention: float = 0.39
+    """Of the highest measured 16-bit rate: the products of fused attention, forward and backward."""
+    attention_limit: float = inf
+    """Operations per second that its kernels reach on any device: those made for an older generation."""
+    stops_early: bool = True
+    """Recomputation is torch's: it ends once the backward pass has what it needs, and selective recomputation keeps
+    attention and some products instead of doing attention again."""
+    products_again: float = 0.5
+    """Share of the products that its selective recomputation does again."""
     tensor_overlap: float = 0.3
     """Share of the collectives of `tp` and `cp` that hides behind products."""
     narrow: float = 1.0
@@ -67,8 +77,10 @@ SOFTWARE_2022 = Numbers(
     fused_attention=False,
     sequence_parallel=False,
     fused=False,
+    overlapped=False,
     process_bytes=9 * 1024**3,
     overhead_s=6e-3,
+    stops_early=False,
     tensor_overlap=0.0,
     all_reduced=True,
 )
@@ -76,7 +88,8 @@ SOFTWARE_2022 = Numbers(
 
 MEGATRON = Numbers(
     gradient_bytes=2,
-    attention=0.51,
+    attention=0.54,
+    stops_early=False,
     tensor_overlap=0.6,
     experts_divided=False,
     expert_overlap=0.5,
@@ -85,3 +98,17 @@ MEGATRON = Numbers(
 )
 """Megatron-LM and what NVIDIA builds on it, as its performance tables run it: gradients in 16 bits, the collectives of
 `tp` in chunks beside the products, attention of cuDNN."""
+
+MEGATRON_2022 = replace(
+    MEGATRON,
+    optimizer_bytes=16,
+    fused_attention=False,
+    sequence_parallel=False,
+    overlapped=False,
+    tensor_overlap=0.0,
+    all_reduced=True,
+)
+"""Megatron-LM before FlashAttention (arXiv:2104.04473; 2205.05198 adds `sequence_parallel`)."""
+
+COMPOSER = replace(Numbers(), attention_limit=1.7e14)
+"""MosaicML's Composer of 2023: FSDP, and attention kernels that know nothing of Hopper."""

@@ -16,7 +16,8 @@ Columns, all but the first five optional; an empty cell is a missing column:
 - `software`, and what `schedule`, `src`, `source` and `notes` tell of it: Megatron or NeMo, torchtitan (else taken for
   it), DeepSpeed (of 2022: `numbers.SOFTWARE_2022`), its month (`26.02`, `202412`), `async` for asynchronous collectives
   of `tp`; `tokendrop` there or in `model` for experts of fixed capacity
-- `interconnect`: `4x100Gb/s ... per node` or `400Gb/s ... per GPU` replaces the catalogue's network
+- `interconnect`: `4x100Gb/s ... per node` or `400Gb/s ... per GPU` replaces the catalogue's network, also in rows of the
+  same `src` and `gpu` that leave it empty
 - the step: `iter_time_s`, else `tokens_per_s_per_gpu`, else `tflops_per_gpu` with `tflops_kind` (`model`, or `hardware`
   where the second forward pass of full recomputation counts), else `mfu_pct` (of `peak_tflops_used`, else of
   `peak_tflops_bf16`, else of the catalogue's); `mem_gib`; `oom` (1 = it ran out of memory)
@@ -27,6 +28,8 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.core.errors import InvalidInput
@@ -34,7 +37,7 @@ from orchestrator.core.spec import ModelSpec
 from orchestrator.planner.evaluate import Row, measured_flops
 from orchestrator.planner.hardware import CATALOGUE, GIB, Machine, find
 from orchestrator.planner.models import known
-from orchestrator.planner.numbers import MEGATRON, SOFTWARE_2022, Numbers
+from orchestrator.planner.numbers import COMPOSER, MEGATRON, MEGATRON_2022, SOFTWARE_2022, Numbers
 
 NODE = 8
 """Devices of a node, where nothing says otherwise."""
@@ -44,7 +47,14 @@ ROWWISE = 0.57
 """Rate of fp8 products with one scale per row, relative to those with one per tensor."""
 LATEST = 9999
 """Year and month of software that says nothing of it."""
+FLASH = 2301
+"""Year and month from which Megatron and DeepSpeed are taken to use fused attention."""
+OVERLAPPED = 2401
+"""From which Megatron is taken to overlap collectives with computing."""
 _RELEASE = re.compile(r"(?<![\d.])(?:20)?(2\d)[.-]?(0[1-9]|1[0-2])(?!\d)")
+_YEAR = re.compile(r"(?<![\d.])20(2\d)(?!\d)")
+_MEGATRON = re.compile(r"megatron|nemo|narayanan|korthikanti|2104\.04473|2205\.05198")
+_COMPOSER = re.compile(r"llm-?foundry|mosaic|composer|\bmpt\b")
 _PER_NODE = re.compile(r"(\d+)\s*x\s*(\d+)\s*Gb/s[^;,]*per node", re.IGNORECASE)
 _PER_DEVICE = re.compile(r"(\d+)\s*Gb/s[^;,]*per GPU", re.IGNORECASE)
 
@@ -78,7 +88,9 @@ def read_rows(text: str, name: str) -> list[Row | Refused]:
         raise InvalidInput(f"{name} is not CSV ({error}): give a table with a header line") from error
     if not records:
         raise InvalidInput(f"{name} holds no row: give a header line and at least one measurement")
-    return [_read(_Cells(name, number, record)) for number, record in enumerate(records, start=2)]
+    found = [_Cells(name, number, record) for number, record in enumerate(records, start=2)]
+    _share_interconnects(found)
+    return [_read(cells) for cells in found]
 
 
 def parse_rows(text: str, name: str) -> list[Row]:
@@ -88,6 +100,17 @@ def parse_rows(text: str, name: str) -> list[Row]:
     if not rows:
         raise InvalidInput("; ".join(one.reason for one in found[:1] if isinstance(one, Refused)))
     return rows
+
+
+def _share_interconnects(rows: Sequence[_Cells]) -> None:
+    """Rows of one `src` and `gpu` ran on one cluster: where some name its network and agree, it holds for all."""
+    named: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for cells in rows:
+        named[cells.cluster].add(cells.text("interconnect"))
+    for cells in rows:
+        others = named[cells.cluster] - {""}
+        if len(others) == 1:
+            cells.cells["interconnect"] = min(others)
 
 
 def _read(cells: _Cells) -> Row | Refused:
@@ -106,6 +129,11 @@ class _Cells:
         }
         self.where = f"{name}, line {line}"
         self.row_id = self.text("row_id") or str(line)
+
+    @property
+    def cluster(self) -> tuple[str, str]:
+        """What tells where it ran."""
+        return self.text("src"), self.text("gpu")
 
     def text(self, name: str) -> str:
         return self.cells.get(name, "") or self.cells.get(_ALSO.get(name, name), "")
@@ -231,21 +259,20 @@ class _Cells:
     def _software(self) -> Numbers:
         """What computed, as far as the row tells."""
         told = self._told()
-        if "deepspeed" in told:  # gradients are summed in the type of the products, or in fp32 beside them
+        released = _released(told)
+        if "deepspeed" in told and not FLASH <= released < LATEST:
+            # Gradients are summed in the type of the products, or in fp32 beside them.
             return replace(SOFTWARE_2022, gradient_bytes=6 if "bf16" in self.text("precision") else 2)
-        released = max((int(year) * 100 + int(month) for year, month in _RELEASE.findall(told)), default=LATEST)
-        if "nemo" in told or "megatron" in told:
-            dropping = "tokendrop" in told  # shapes known ahead: nothing to wait for
-            return replace(
-                MEGATRON,
-                fused_experts=released >= 2606,
-                routing_s=0.0 if dropping else MEGATRON.routing_s,
-            )
+        if _MEGATRON.search(told):
+            return _megatron(told, released)
+        if _COMPOSER.search(told):
+            return COMPOSER
         asynchronous = "async" in told and "vanilla" not in told
         return replace(
             Numbers(),
             tensor_overlap=ASYNCHRONOUS if asynchronous else Numbers().tensor_overlap,
             narrow=ROWWISE if "rowwise" in told else 1.0,
+            fused="eager" not in told,
             logit_bytes=2 if released >= 2501 else 10,
         )
 
@@ -263,6 +290,21 @@ class _Cells:
         if rate:
             return tokens * measured_flops(row.model, "hardware" in self.text("tflops_kind")) / (rate * 1e12)
         return None
+
+
+def _released(told: str) -> int:
+    """Year and month, as 2407, of the latest release that is named; January where a year stands alone."""
+    named = [int(year + month) for year, month in _RELEASE.findall(told)]
+    return max(named or [int(year + "01") for year in _YEAR.findall(told)], default=LATEST)
+
+
+def _megatron(told: str, released: int) -> Numbers:
+    if released < OVERLAPPED:
+        return replace(MEGATRON_2022, sequence_parallel=released >= 2201, fused_attention=released >= FLASH)
+    dropping = "tokendrop" in told  # shapes known ahead: nothing to wait for
+    return replace(
+        MEGATRON, fused_experts=released >= 2606, routing_s=0.0 if dropping else MEGATRON.routing_s
+    )
 
 
 def _recomputation(said: str) -> int | None:
