@@ -56,6 +56,8 @@ MEMORY = 0.8
 """Of the memory bandwidth: elementwise operations."""
 LINK = 0.75
 """Of a link's bandwidth: large collectives."""
+ALL_TO_ALL = 0.7
+"""The same: tokens to their experts."""
 SCANNED = 90.0
 """Passes through memory of the queries of a layer whose attention does not see all: a state-space scan, or a window."""
 FUSED = 0.25
@@ -76,6 +78,8 @@ INTERLEAVED = 0.3
 """Of what the stages of an interleaved pipeline send: what does not overlap with other chunks."""
 CASTS = 1.0
 """Passes through memory of what products below 16 bits read and write."""
+UNCAST = 0.5
+"""Of the launches per expert: what is left in 16 bits, where nothing is cast."""
 GROUPED = 0.5
 """Of the rate of one product: the products of several experts in one launch."""
 
@@ -142,7 +146,7 @@ def link(machine: Machine, span: Ints, stride: Ints | int = 1) -> Floats:
 def product_s(machine: Machine, numbers: Numbers, m: Any, n: Any, k: Any, share: float = 1.0) -> Floats:
     """Seconds of a product of m x k and k x n."""
     device = machine.device
-    eighth = numbers.precision in ("fp8", "fp4") and device.fp8_flops_per_s > 0
+    eighth = numbers.narrows and device.fp8_flops_per_s > 0
     fourth = numbers.precision == "fp4" and device.fp4_flops_per_s > 0
     rate = device.fp8_flops_per_s * PRODUCTS_FP8 * numbers.narrow if eighth else device.flops_per_s * PRODUCTS
     rate = device.fp4_flops_per_s * PRODUCTS_FP4 if fourth else rate
@@ -207,7 +211,7 @@ def _products(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Nu
     )
     shared = 0.0 * total
     if not _grouped(model, machine, numbers):
-        experts = experts + local * numbers.expert_s
+        experts = experts + local * numbers.expert_s * (1.0 if numbers.narrows else UNCAST)
     if model.expert_input:
         shared = 2 * product(model.expert_input / tp, hidden)
     if model.shared_hidden:
@@ -254,7 +258,7 @@ def _elementwise_bytes(model: ModelSpec, machine: Machine, plans: Candidates, nu
     scanned = SCANNED * (1 - attention_share(model)) * query_size(model)
     inner = (2 * (query_size(model) + key_value_size(model)) + scanned + width) / tp
     gathered = tp if numbers.narrow_inputs else 1  # cast before they are gathered, or after it by every rank
-    casts = CASTS / numbers.narrow if numbers.precision in ("fp8", "fp4") else 0.0
+    casts = CASTS / numbers.narrow if numbers.narrows else 0.0
     return np.asarray(wide * (outer + inner + casts * (2 * hidden / gathered + (2 * hidden + width) / tp)))
 
 
@@ -265,14 +269,16 @@ def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, numbers: 
         return 0.0 * tokens
     device = machine.device
     # Tokens go out in the type of the products, and come back in 16 bits.
-    wide = 1.5 if device.fp8_flops_per_s and numbers.precision in ("fp8", "fp4") else device.number_bytes
+    wide = 1.5 if device.fp8_flops_per_s and numbers.narrows else device.number_bytes
     size = tokens * model.experts_per_token * expert_input(model) * wide / plans.tp
     inside = np.minimum(plans.ep, machine.domain / np.minimum(plans.tp, machine.domain)) / plans.ep
-    # A token goes once to each domain that has an expert for it, and is handed on there.
-    domains = 1 / inside
-    distinct = domains * (1 - (1 - inside) ** model.experts_per_token) / model.experts_per_token
+    # A token goes once to each domain that has an expert for it, and there once to each device.
+    domains, chosen = 1 / inside, model.experts_per_token
+    near, each = np.maximum(plans.ep * inside, 1), np.maximum(chosen * inside, 1)
+    distinct = domains * (1 - (1 - inside) ** chosen) / chosen
     outside = (1 - inside) * distinct / device.network_bytes_per_s
-    seconds = size * (np.minimum(1 - 1 / plans.ep, 1) / device.node_bytes_per_s + outside) / LINK
+    handed = near * (1 - (1 - 1 / near) ** each) / each
+    seconds = size * ((1 - 1 / plans.ep) * handed / device.node_bytes_per_s + outside) / ALL_TO_ALL
     seen = 1 - numbers.expert_overlap * (plans.interleave > 1)
     return with_experts * 2 * np.where(plans.ep == 1, 0.0, seen * seconds + 2 * device.latency_s)
 
@@ -329,7 +335,7 @@ def _again(numbers: Numbers, layer: Layer) -> tuple[Floats, Floats]:
 def _logits_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:
     """Output projection and loss, forward and backward; never in fp8."""
     tokens = plans.micro_batch * (model.seq_length / plans.cp)
-    wide = Numbers("bf16") if numbers.precision in ("fp8", "fp4") else numbers
+    wide = Numbers("bf16") if numbers.narrows else numbers
     product = product_s(machine, wide, tokens, model.vocab / plans.tp, model.hidden)
     passes = 24.0 * tokens * model.vocab / plans.tp / (machine.device.memory_bytes_per_s * MEMORY)
     return (1 + (BACKWARD / 2 if numbers.frozen else BACKWARD)) * product + passes

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from math import inf
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,10 @@ from orchestrator.planner.transformer import (
     split_layers,
 )
 
+NONE, FULL = 0, 2
+"""Indices into `RECOMPUTATIONS`."""
+Terms = TypeVar("Terms", TimeTerms, MemoryTerms)
+ROUNDING = 1e-9
 FILLED = 1.0
 """Share of a device's memory up to which a row counts as fitting: what was measured had no margin."""
 
@@ -49,7 +54,7 @@ class Row:
     zero: int | None = 1
     """None where the table does not say: 1, or 3 where a whole copy of the parameters does not fit."""
     recomputation: int | None = 0
-    """Index into `RECOMPUTATIONS`; None as with `pp`."""
+    """Index into `RECOMPUTATIONS`; None as with `pp`, or of as many layers as it takes to fit."""
     measured_s: float | None = None
     measured_bytes: float | None = None
     out_of_memory: bool = False
@@ -91,11 +96,30 @@ def predict(row: Row, calibration: Calibration | None = None) -> Prediction:
     time = time_terms(row.model, row.machine, plans, row.numbers, calibration)
     memory = memory_terms(row.model, row.machine, plans, row.numbers)
     limit = row.machine.device.memory_bytes * FILLED or inf
-    fits = memory.total <= limit
+    if row.recomputation is None:
+        time, memory = _partly(time, memory, plans, limit)
+    fits = memory.total <= limit * (1 + ROUNDING)
     best = int(np.argmin(np.where(fits, time.total, time.total + time.total.max()))) if len(plans) > 1 else 0
     return Prediction(
         row, float(time.total[best]), float(memory.total[best]), bool(fits[best]), time.take(best), memory.take(best)
     )
+
+
+def _partly(
+    time: TimeTerms, memory: MemoryTerms, plans: Candidates, limit: float
+) -> tuple[TimeTerms, MemoryTerms]:
+    """With full recomputation of no more layers than it takes to fit, where some fit neither without nor need all."""
+    full = plans.recomputation == FULL
+    none = np.flatnonzero(plans.recomputation == NONE)[np.cumsum(full) - 1]  # of the same plan, if it is full
+    saved = memory.total[none] - memory.total
+    share = np.clip((memory.total[none] - limit) / np.where(saved > 0, saved, 1), 0, 1)
+    share = np.where(full & (saved > 0), share, 1.0)
+
+    def mixed(terms: Terms) -> Terms:
+        columns = [getattr(terms, one.name) for one in fields(terms)]
+        return type(terms)(*(share * column + (1 - share) * column[none] for column in columns))
+
+    return mixed(time), mixed(memory)
 
 
 def calibrated(rows: Sequence[Row], calibration: Calibration) -> Calibration:
@@ -127,7 +151,7 @@ def _plans(row: Row) -> Candidates:
             passes = max(1, -(-row.global_batch // (dp * size)))
             middle = split[1] if pp > 2 else 0
             stages_of_zero = [row.zero] if row.zero is not None else [1] if pp > 1 else [1, 3]
-            for interleave, recomputation, zero in product(chunks, again, stages_of_zero):
+            for interleave, zero, recomputation in product(chunks, stages_of_zero, again):
                 found.append((
                     pp, interleave, dp // shards, shards, row.cp, row.tp, min(row.ep, dp * row.cp * row.tp), zero,
                     size, passes, recomputation, split[0], middle, split[-1],

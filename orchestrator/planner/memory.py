@@ -82,7 +82,7 @@ def kept_bytes(model: ModelSpec, plans: Candidates, numbers: Numbers, wide: int)
     feed_forward = (1 - with_experts) * dense + with_experts * (routed + matrices(model) * model.shared_hidden)
     outer = wide * 2 * hidden + (0 if numbers.fused else 2 * hidden)  # the norms' inputs; dropout masks
     inputs = query + 2 * hidden + feed_forward / matrices(model)
-    narrow = numbers.narrow_inputs and numbers.precision in ("fp8", "fp4")
+    narrow = numbers.narrow_inputs and numbers.narrows
     inner = wide * (2 * query + pair + 2 * hidden + feed_forward) - (wide / 2 * inputs if narrow else 0)
     scores = 0 if numbers.fused_attention else (2 * wide + 1) * model.heads * model.seq_length
     everything = outer / around + (inner + scores) / tp

@@ -66,6 +66,11 @@ class Numbers:
     logit_bytes: int = 10
     """What the loss keeps per logit, beside the logit in the working type: in fp32 and the gradient in both types."""
 
+    @property
+    def narrows(self) -> bool:
+        """Whether products run below 16 bits."""
+        return self.precision in ("fp8", "fp4")
+
     def expert_tensor(self, tp: Ints) -> Ints:
         """By how many ranks of `tp` an expert is divided."""
         return tp if self.experts_divided else np.ones_like(tp)

@@ -213,6 +213,8 @@ class _Cells:
     def _model(self) -> ModelSpec:
         name, seq = " ".join(filter(None, (self.text("model"), self.text("size")))), self.count("seq")
         model = known(name)
+        if model is not None and "w/ mtp" in name.lower():  # predicts one token more, with a layer of its own
+            model = replace(model, layers=model.layers + 1)
         if self.text("layers") and self.text("hidden"):
             model = self._described(model, name)
         if model is None:
