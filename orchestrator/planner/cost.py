@@ -143,7 +143,7 @@ def link(machine: Machine, span: Ints, stride: Ints | int = 1) -> Floats:
     return np.where(span <= machine.domain, device.node_bytes_per_s, outside)
 
 
-def product_s(machine: Machine, numbers: Numbers, m: Any, n: Any, k: Any, share: float = 1.0) -> Floats:
+def product_s(machine: Machine, numbers: Numbers, m: Any, n: Any, k: Any, share: Any = 1.0) -> Floats:
     """Seconds of a product of m x k and k x n."""
     device = machine.device
     eighth = numbers.narrows and device.fp8_flops_per_s > 0
@@ -205,9 +205,10 @@ def _products(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Nu
     divided = numbers.expert_tensor(tp)
     each = tokens * model.experts_per_token / local * divided / tp
     width, entry = model.expert_hidden / divided, expert_input(model)
+    alone = GROUPED + (1 - GROUPED) * (local == 1)
     experts = local * (
-        product_s(machine, numbers, each, gates * width, entry, GROUPED)
-        + product_s(machine, numbers, each, entry, width, GROUPED)
+        product_s(machine, numbers, each, gates * width, entry, alone)
+        + product_s(machine, numbers, each, entry, width, alone)
     )
     shared = 0.0 * total
     if not _grouped(model, machine, numbers):
@@ -373,9 +374,10 @@ def _data_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numb
     passes = np.where(plans.zero == 3, 2 * np.where(plans.pp == 1, plans.micro_batches, 1), trained)
     rare = np.maximum(group * plans.tp // numbers.expert_tensor(plans.tp) // plans.ep, 1)
     gradient = min(numbers.gradient_bytes, 4) * trained
+    gathered = 1 if numbers.narrows else device.number_bytes
 
     def over(size: Floats, members: Ints) -> Floats:
-        gather = passes * collective_s(size * device.number_bytes, members, near, 0.0)
+        gather = passes * collective_s(size * gathered, members, near, 0.0)
         return gather + (1 + numbers.all_reduced) * collective_s(size * gradient, members, near, 0.0)
 
     hops = np.where(group > 1, np.ceil(np.log2(np.maximum(group, 1))) * hop_s * (passes + trained), 0.0)

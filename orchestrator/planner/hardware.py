@@ -76,7 +76,7 @@ def _gpu(
         network_bytes_per_s=links[1] * 1e9,
         latency_s=1e-5,
         overhead_s=5e-5,
-        overlap=0.7,
+        overlap=0.9,
         number_bytes=2,
         domain=domain,
     )

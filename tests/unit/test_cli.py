@@ -159,6 +159,7 @@ def test_plans_are_ranked_and_follow_losses(job: Path, capsys: pytest.CaptureFix
     assert (first["when"], second["when"]) == ("at first", "without node-2")
     assert first["plan"]["reason"]
     assert first["alternatives"]
+    job.write_text(JOB.replace("{global: 8}", "{global: 96}"))  # enough for a third node to be worth its collectives
     assert main(["plan", "job.yaml", "--nodes", "2x1,1x1:cpu"]) == 0
     assert "at first: dp_shard 3" in capsys.readouterr().out
 

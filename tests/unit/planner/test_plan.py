@@ -105,10 +105,14 @@ def test_a_mesh_is_kept_while_nothing_is_clearly_faster() -> None:
 
 
 def test_large_models_are_split_until_they_fit() -> None:
-    taken = planned(job(LLAMA_70B, global_batch=1024), nodes(4, 8, "NVIDIA H100 80GB HBM3")).plan
-    assert 0 < taken.memory_bytes <= USABLE * 80 * GIB
-    assert taken.recomputation is not Recomputation.NONE
-    assert "recomputation because memory does not suffice" in taken.reason
+    whole = planned(job(LLAMA_70B, global_batch=1024), nodes(4, 8, "NVIDIA H100 80GB HBM3")).plan
+    assert 0 < whole.memory_bytes <= USABLE * 80 * GIB
+    assert whole.mesh.pp * whole.mesh.tp > 8
+    spec = replace(job(LLAMA_70B, global_batch=1024), micro_batch=2)
+    again = planned(spec, nodes(3, 8, "NVIDIA H100 80GB HBM3")).plan
+    assert 0 < again.memory_bytes <= USABLE * 80 * GIB
+    assert again.recomputation is not Recomputation.NONE
+    assert "recomputation because memory does not suffice" in again.reason
 
 
 def test_tensor_groups_stay_inside_nodes() -> None:
