@@ -105,9 +105,7 @@ def predict(row: Row, calibration: Calibration | None = None) -> Prediction:
     )
 
 
-def _partly(
-    time: TimeTerms, memory: MemoryTerms, plans: Candidates, limit: float
-) -> tuple[TimeTerms, MemoryTerms]:
+def _partly(time: TimeTerms, memory: MemoryTerms, plans: Candidates, limit: float) -> tuple[TimeTerms, MemoryTerms]:
     """With full recomputation of no more layers than it takes to fit, where some fit neither without nor need all."""
     full = plans.recomputation == FULL
     none = np.flatnonzero(plans.recomputation == NONE)[np.cumsum(full) - 1]  # of the same plan, if it is full

@@ -99,9 +99,7 @@ MODELS = {
     "moonlight-16b-a3b": _experts(_dense(27, 2048, 16, 5, 11264, 163840, 4096), 160, 64, 6, 1408, 2816, 1),
     "kimi-k2": _experts(_dense(61, 7168, 64, 28, 18432, 163840, 4096), 128, 384, 8, 2048, 2048, 1),
     "llama-4-scout": _experts(_dense(48, 5120, 40, 8, 16384, 202048, 8192), 128, 16, 1, 8192, 8192),
-    "llama-4-maverick": _experts(
-        _dense(48, 5120, 40, 8, 16384, 202048, 8192), 128, 128, 1, 8192, 8192, dense=24
-    ),
+    "llama-4-maverick": _experts(_dense(48, 5120, 40, 8, 16384, 202048, 8192), 128, 128, 1, 8192, 8192, dense=24),
     "nemotron-3-nano": _experts(
         _dense(29, 2688, 32, 20, 1, 131072, 8192, gated=False), 128, 128, 6, 1856, 3712, dense=6, full=6
     ),
@@ -161,7 +159,7 @@ _BY_SQUEEZED = {_squeezed(name): model for name, model in MODELS.items()}
 
 def known(name: str) -> ModelSpec | None:
     """The model that a table calls `name`, such as `Llama-3.1-70B` or `Qwen3_235B_a22B (tokendrop)`."""
-    plain = _squeezed(name.split("(")[0])
+    plain = _squeezed(name.split("(", maxsplit=1)[0])
     for old, new in _SPELLINGS:
         plain = old.sub(new, plain)
     return _BY_SQUEEZED.get(_ALSO.get(plain, plain))

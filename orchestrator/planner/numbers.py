@@ -115,5 +115,5 @@ MEGATRON_2022 = replace(
 )
 """Megatron-LM before FlashAttention (arXiv:2104.04473; 2205.05198 adds `sequence_parallel`)."""
 
-COMPOSER = replace(Numbers(), attention_limit=1.7e14)
-"""MosaicML's Composer of 2023: FSDP, and attention kernels that know nothing of Hopper."""
+COMPOSER = replace(Numbers(), attention_limit=1.7e14, logit_bytes=2)
+"""MosaicML's Composer of 2023: FSDP, attention kernels that know nothing of Hopper, a loss computed in place."""

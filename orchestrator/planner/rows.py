@@ -16,8 +16,8 @@ Columns, all but the first five optional; an empty cell is a missing column:
 - `software`, and what `schedule`, `src`, `source` and `notes` tell of it: Megatron or NeMo, torchtitan (else taken for
   it), DeepSpeed (of 2022: `numbers.SOFTWARE_2022`), its month (`26.02`, `202412`), `async` for asynchronous collectives
   of `tp`; `tokendrop` there or in `model` for experts of fixed capacity
-- `interconnect`: `4x100Gb/s ... per node` or `400Gb/s ... per GPU` replaces the catalogue's network, also in rows of the
-  same `src` and `gpu` that leave it empty
+- `interconnect`: `4x100Gb/s ... per node` or `400Gb/s ... per GPU` replaces the catalogue's network; where it is empty,
+  that of the rows with the same `src` and `gpu` does
 - the step: `iter_time_s`, else `tokens_per_s_per_gpu`, else `tflops_per_gpu` with `tflops_kind` (`model`, or `hardware`
   where the second forward pass of full recomputation counts), else `mfu_pct` (of `peak_tflops_used`, else of
   `peak_tflops_bf16`, else of the catalogue's); `mem_gib`; `oom` (1 = it ran out of memory)
@@ -304,9 +304,7 @@ def _megatron(told: str, released: int) -> Numbers:
     if released < OVERLAPPED:
         return replace(MEGATRON_2022, sequence_parallel=released >= 2201, fused_attention=released >= FLASH)
     dropping = "tokendrop" in told  # shapes known ahead: nothing to wait for
-    return replace(
-        MEGATRON, fused_experts=released >= 2606, routing_s=0.0 if dropping else MEGATRON.routing_s
-    )
+    return replace(MEGATRON, fused_experts=released >= 2606, routing_s=0.0 if dropping else MEGATRON.routing_s)
 
 
 def _recomputation(said: str) -> int | None:

@@ -16,6 +16,8 @@ from orchestrator.planner.evaluate import Prediction, predict
 from orchestrator.planner.rows import parse_rows
 
 SELECTED = Path(__file__).with_name("published.csv")
+HELD_OUT = Path(__file__).with_name("held_out.csv")
+"""Tables of other software, years and devices, found when the models stood; README.md says what they changed."""
 TABLES = Path(__file__).parents[4] / "shared" / "data" / "planner"
 SWEEP = "bloom176_prequel"
 """The table to rank plans by."""
@@ -27,14 +29,12 @@ CONTRADICTED = {
     "r0315": "twice the time per token of the same model with two samples per micro-batch (r0271)",
     "r0352": "as r0315",
     "r0349": "the same plan took 28.9 s with the next release (r0312)",
-    "r0385": "the same plan took 12.5 s with the release before (r0413)",
+    "r0385": "the same plan took 12.5 s in the release before (r0413)",
     "r0378": "1.6 times the time per sample of the same plan with 1280 samples (r0216)",
-    "r0384": "full recomputation is assumed, because nothing less fits; part of it would do",
+    "r0384": "its page counts two accumulations, which pp 4 does not give; with pp 1 it would not fit",
     "r0392": "slower than the same plan on the slower B200 (r0402)",
     "r0394": "slower than its own table's other plan by more than its bubble",
     "r0414": "the same plan took 20.8 s with the next release (r0386)",
-    "r0363": "off by 28 %; nothing contradicts it",
-    "r0590": "the row leaves out its network (4x100Gb/s per node): with it the step is off by 9 %",
 }
 """Rows whose step is off by more than a quarter, and why."""
 OUT_OF_MEMORY_ALL_THE_SAME = {"r0587"}
@@ -101,14 +101,25 @@ def test_the_plan_preferred_in_the_selected_sweep_is_the_best_measured() -> None
     assert found["GPT-181B-multilingual", "384", "2016"] < 0.03
 
 
+def test_tables_found_later_are_predicted_as_well() -> None:
+    by_source: dict[str, list[float]] = defaultdict(list)
+    records = {row["row_id"]: row["src"] for row in csv.DictReader(HELD_OUT.read_text().splitlines())}
+    found = predictions(HELD_OUT)
+    for name, error in errors(found).items():
+        by_source[records[name]].append(error)
+        assert error < 0.25, name
+    assert len(records) > 90
+    assert {source: median(off) for source, off in by_source.items() if median(off) > 0.16} == {}
+    assert all(one.fits for one in found)
+
+
 def test_every_table_is_read_and_predicted() -> None:
     for path in tables():
         found = predictions(path)
         off = errors(found)
         outside = {name for name, error in off.items() if error > 0.25}
         assert outside <= set(CONTRADICTED), path.name
-        small = len(off) < 4
-        assert not off or median(off.values()) < (0.25 if small else 0.16), path.name
+        assert not off or median(off.values()) < 0.12, path.name
         for one in found:
             if one.row.row_id not in OUT_OF_MEMORY_ALL_THE_SAME:
                 assert one.fits is not one.row.out_of_memory, one.row.row_id
