@@ -6,8 +6,11 @@ from orchestrator.core.types import AssignedNode, Assignment, Mesh, NodeCapacity
 from orchestrator.planner.pool import Pool, natural
 
 
-def assign(pool: Pool, mesh: Mesh, min_nodes: int, previous: Assignment | None) -> Assignment:
-    """Contiguous ranks on as few nodes as possible, but at least `min_nodes`; needs `mesh` to fit the pool."""
+def assign(pool: Pool, mesh: Mesh, min_nodes: int, previous: Assignment | None, slow_first: bool = False) -> Assignment:
+    """Contiguous ranks on as few nodes as possible, but at least `min_nodes`; needs `mesh` to fit the pool.
+
+    With `slow_first` the slowest of the nodes that are taken come first, not last.
+    """
     rank_of = {name: position for position, name in enumerate(previous.names)} if previous else {}
 
     def seniority(node: NodeCapacity) -> tuple[object, ...]:
@@ -22,8 +25,12 @@ def assign(pool: Pool, mesh: Mesh, min_nodes: int, previous: Assignment | None) 
     shares = _fill(ordered, world, unit)
     if len(shares) < min_nodes:
         shares = _spread(ordered[:min_nodes], world, unit)
+
+    def rank(node: NodeCapacity) -> tuple[object, ...]:
+        return (pool.speed_of(node.node) if slow_first else 0, senior[node.node])
+
     nodes, first = [], 0
-    for node in sorted((node for node in ordered if node.node in shares), key=lambda node: senior[node.node]):
+    for node in sorted((node for node in ordered if node.node in shares), key=rank):
         nodes.append(AssignedNode(node.node, first, shares[node.node]))
         first += shares[node.node]
     return Assignment(tuple(nodes))

@@ -109,6 +109,17 @@ class TimeTerms:
 
 
 @dataclass(frozen=True, slots=True)
+class Speeds:
+    """How many times as fast as the machine's device the slowest device of some pipeline stages is, of each plan."""
+
+    first: Floats
+    """Of the only stage, where there is one."""
+    middle: Floats
+    """Of all between the first and the last."""
+    last: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One (mean) layer of each plan, seconds per micro-batch and device."""
 
@@ -285,23 +296,21 @@ def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, numbers: 
 
 
 def time_terms(
-    model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers, calibration: Calibration | None = None
+    model: ModelSpec,
+    machine: Machine,
+    plans: Candidates,
+    numbers: Numbers,
+    calibration: Calibration | None = None,
+    speeds: Speeds | None = None,
 ) -> TimeTerms:
-    """Seconds per step of each plan, term by term."""
+    """Seconds per step of each plan, term by term; `speeds` where pipeline stages are not all as fast."""
     layer = layer_s(model, machine, plans, numbers)
     once, passes = layer.forward + layer.backward, plans.micro_batches
     again = np.choose(plans.recomputation, [0 * once, *_again(numbers, layer)])
     more = np.where(plans.recomputation == 2, 3, 2)
     tensor, context, expert = more * layer.tensor, 2.5 * layer.context, more * layer.expert
     logits = _logits_s(model, machine, plans, numbers)
-    last = np.where(plans.pp == 1, plans.layers_first, plans.layers_last)
-    pass_s = once + again + tensor + context + expert
-    inner = np.maximum(plans.layers_first, plans.layers_middle)
-    slowest = np.maximum(inner * pass_s, last * pass_s + logits)
-    heavy = last * pass_s + logits >= inner * pass_s
-    layers = np.where(heavy, last, inner)
-    output = np.where(heavy, logits, 0.0)
-    others = model.layers * pass_s + logits - slowest
+    stage = _slowest_stage(model, plans, once + again, tensor + context + expert, logits, speeds)
     send = _send_s(model, machine, plans)
     scale = 1.0 if calibration is None else calibration.factors(machine.device.name, plans.tp, plans.micro_batch)
     data = _data_s(model, machine, plans, numbers)
@@ -310,19 +319,63 @@ def time_terms(
     # Of several micro-batches only the last one's backward pass has gradients to send, and the first one's forward
     # pass parameters to wait for; parameters that lie scattered are gathered for every one.
     window = np.where((plans.zero == 3) & (plans.pp == 1), passes, 1)
-    hidden = overlap * window * (layers * once + output)
+    computing = (stage.layers * once + stage.logits) / stage.speed
+    hidden = overlap * window * computing
+    drained = stage.others_s / plans.interleave + (plans.pp - 1) * send / plans.interleave
     return TimeTerms(
-        compute=scale * passes * (layers * once + output),
-        recompute=scale * passes * layers * again,
-        tensor=scale * passes * layers * tensor,
-        context=scale * passes * layers * context,
-        expert=scale * passes * layers * expert,
+        compute=scale * passes * computing,
+        recompute=scale * passes * stage.layers * again / stage.speed,
+        tensor=scale * passes * stage.layers * tensor,
+        context=scale * passes * stage.layers * context,
+        expert=scale * passes * stage.layers * expert,
         pipeline=scale * passes * send,
-        bubble=scale
-        * np.where(plans.pp > 1, others / plans.interleave + (plans.pp - 1) * send / plans.interleave, 0.0),
+        bubble=scale * np.where(plans.pp > 1, drained, 0.0),
         data=np.maximum(0.0, data - hidden) + exposed * np.minimum(data, hidden),
         optimizer=_optimizer_s(model, machine, plans, numbers),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Slowest:
+    """The stage that the others wait for, of each plan."""
+
+    layers: Ints | Floats
+    logits: Floats
+    """Seconds of the output projection, where it is the last stage, at the machine's speed."""
+    speed: Floats | float
+    others_s: Floats
+    """Seconds that one micro-batch takes in all other stages."""
+
+
+def _slowest_stage(
+    model: ModelSpec, plans: Candidates, work_s: Floats, wait_s: Floats, logits_s: Floats, speeds: Speeds | None
+) -> _Slowest:
+    """`work_s` and `wait_s` are a layer's seconds of computing, which faster devices shorten, and of collectives."""
+    last = np.where(plans.pp == 1, plans.layers_first, plans.layers_last)
+    if speeds is None:
+        layer_s, inner = work_s + wait_s, np.maximum(plans.layers_first, plans.layers_middle)
+        heavy = last * layer_s + logits_s >= inner * layer_s
+        slowest = np.where(heavy, last * layer_s + logits_s, inner * layer_s)
+        return _Slowest(
+            np.where(heavy, last, inner),
+            np.where(heavy, logits_s, 0.0),
+            1.0,
+            model.layers * layer_s + logits_s - slowest,
+        )
+    between = np.where(plans.pp > 2, model.layers - plans.layers_first - plans.layers_last, 0)
+    speed = np.stack([speeds.first, speeds.middle, np.where(plans.pp == 1, speeds.first, speeds.last)])
+    layer_s = work_s / speed + wait_s
+    took = np.stack([plans.layers_first, plans.layers_middle, last]) * layer_s
+    took[2] += logits_s / speed[2]
+    which = took.argmax(axis=0)[None, :]
+    which[:, plans.pp == 1] = 2
+
+    def of(column: Floats) -> Floats:
+        return np.asarray(np.take_along_axis(column, which, axis=0)[0])
+
+    layers = of(np.stack([plans.layers_first, plans.layers_middle, last]).astype(np.float64))
+    whole = np.where(plans.pp == 1, 0.0, took[0]) + between * layer_s[1] + took[2]
+    return _Slowest(layers, np.where(which[0] == 2, logits_s, 0.0), of(speed), whole - of(took))
 
 
 def _again(numbers: Numbers, layer: Layer) -> tuple[Floats, Floats]:

@@ -12,7 +12,7 @@ from orchestrator.core.types import BatchSplit, Mesh, Plan, Recomputation
 from orchestrator.planner import shares
 from orchestrator.planner.batch import split
 from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates
-from orchestrator.planner.judge import Judge
+from orchestrator.planner.judge import SHARES, Judge
 from orchestrator.planner.outcome import Candidate
 from orchestrator.planner.pool import Pool
 from orchestrator.planner.space import Rows, candidates, length, stage_layers, take
@@ -36,6 +36,8 @@ class Estimate:
     """Bytes on the fullest device; empty when the model is not described, as `seconds` is."""
     tokens_per_s: float = 0.0
     mfu: float = 0.0
+    way: int = SHARES
+    """What devices of several speeds get: see `judge.SHARES`."""
 
     @property
     def memory_bytes(self) -> int:
@@ -75,6 +77,7 @@ class _Terms:
     def __init__(self, spec: JobSpec, pool: Pool, judge: Judge, plans: Candidates) -> None:
         self._spec, self._pool, self._judge, self._plans = spec, pool, judge, plans
         self._seconds, self._memory = judge.where_seconds(plans), judge.where_memory(plans)
+        self._way = judge.way(plans)
         self._steps = np.asarray(sum(self._seconds.values())) if self._seconds else judge.seconds(plans)
 
     def estimate(self, at: int) -> Estimate:
@@ -100,11 +103,12 @@ class _Terms:
             memory={name: float(term[at]) for name, term in self._memory.items() if term[at]},
             tokens_per_s=tokens_per_s,
             mfu=self._judge.utilisation(tokens_per_s / mesh.world_size),
+            way=int(self._way[at]),
         )
 
     def _batch(self, mesh: Mesh, at: int) -> BatchSplit:
         batch, micro_batch = self._spec.global_batch, int(self._plans.micro_batch[at])
-        if not self._pool.mixed:
+        if not self._pool.mixed or self._way[at] != SHARES:
             return split(batch, mesh.dp_degree, micro_batch)
         counts = shares.replicas_of(self._pool, self._plans.take(slice(at, at + 1)))[:, 0]
         speeds = [speed for speed, count in zip(self._pool.speeds, counts, strict=True) for _ in range(count)]

@@ -11,6 +11,7 @@ from orchestrator.planner.choose import Choice
 from orchestrator.planner.estimate import Estimate
 from orchestrator.planner.frontier import CLOSE
 from orchestrator.planner.hardware import GIB, find
+from orchestrator.planner.judge import SHARES, SLOW_FIRST
 from orchestrator.planner.legality import Legal
 
 
@@ -62,8 +63,7 @@ def why(
 ) -> str:
     """The reason of the plan: what it is, what stood in the way of more, how it compares with the next best."""
     parts = [layout(taken), *choice.relaxed]
-    if taken.pool.mixed and max(taken.batch.samples) > min(taken.batch.samples) + 1:
-        parts.append(f"nodes of {len(taken.pool.speeds)} speeds get as many samples as they compute in the same time")
+    parts.extend(_unlike(taken))
     idle = taken.pool.devices - taken.mesh.world_size
     tensor = next((tp for tp in legal.tp if tp > 1 and taken.pool.devices % tp), None)
     if taken.mesh.tp == 1 and tensor and "tp" in spec.parallelism and not choice.relaxed:
@@ -76,6 +76,19 @@ def why(
         parts.append(_comparison(choice, taken, others[0]))
     parts.extend(_unchecked(spec, taken))
     return "; ".join(parts)
+
+
+def _unlike(taken: Estimate) -> list[str]:
+    """What devices of several speeds get."""
+    if taken.way != SHARES:
+        first = taken.way == SLOW_FIRST
+        own, others = (taken.stage_layers[0], taken.stage_layers[1:]) if first else (
+            taken.stage_layers[-1], taken.stage_layers[:-1])  # fmt: skip
+        where = "first" if first else "last"
+        return [f"the {where} stage, on the slower nodes, has {counted(own, 'layer')}, others up to {max(others)}"]
+    if taken.pool.mixed and max(taken.batch.samples) > min(taken.batch.samples) + 1:
+        return [f"nodes of {len(taken.pool.speeds)} speeds get as many samples as they compute in the same time"]
+    return []
 
 
 def _why_unused(spec: JobSpec, taken: Estimate) -> str:

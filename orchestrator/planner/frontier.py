@@ -144,11 +144,11 @@ def fastest(space: Space, judge: Judge, wish: Wish, found: Ranking, at_once: int
     loads = space.loads(_possible(space, judge, shapes))
     efficiency = _begin(space, judge, wish, found, loads)
     rows = space.micro_batches(take(loads, space.work(loads) * efficiency <= found.limit * _HOPELESS))
-    rows = take(rows, _promising(space.least_splits(rows), judge, found))
+    rows = take(rows, _promising(space.least_splits(rows), judge, found, known=False))
     rows = space.splits(rows)
     rows = space.recomputations(take(rows, _promising(rows, judge, found)))
     rows = take(rows, judge.least_memory(_most_sharded(space, rows)) <= judge.limit_bytes)
-    bound = judge.at_least(_unsharded(rows))
+    bound = judge.at_least(*_unsharded(rows))
     order = np.argsort(bound, kind="stable")
     rows, bound = take(rows, order), bound[order]
     for part in _parts(space.divisions(rows), CHUNK):
@@ -163,7 +163,8 @@ def _possible(space: Space, judge: Judge, shapes: Rows) -> Rows:
         return shapes
     rows = space.smallest(space.micro_batches(space.largest(space.loads(shapes))))
     rows |= {"recomputation": np.full(length(rows), len(RECOMPUTATIONS) - 1)}
-    fits = np.zeros(length(shapes), bool)
+    fits = np.ones(length(shapes), bool)  # of some, only fewer replicas give as many micro-batches as chunks need
+    fits[np.searchsorted(shapes["shape"], rows["shape"])] = False
     for split in (space.even_splits, space.splits):
         some = split(take(rows, ~fits[np.searchsorted(shapes["shape"], rows["shape"])]))
         least = judge.least_memory(_most_sharded(space, some))
@@ -178,20 +179,21 @@ def _begin(space: Space, judge: Judge, wish: Wish, found: Ranking, loads: Rows) 
     rows = space.recomputations(space.even_splits(space.micro_batches(take(rows, first))))
     if not length(rows):
         return 0.0
-    seconds = judge.at_least(_unsharded(rows))
+    seconds = judge.at_least(*_unsharded(rows))
     found.add(*fitting(wish.among(rows), judge))
-    return float((seconds / space.work(rows)).min())
+    return float((seconds / space.work(rows)).min()) / space.pool.speeds[-1]  # fewer replicas may all be fast
 
 
-def _promising(rows: Rows, judge: Judge, found: Ranking) -> NDArray[np.bool_]:
+def _promising(rows: Rows, judge: Judge, found: Ranking, known: bool = True) -> NDArray[np.bool_]:
     """Which of the incomplete rows may still be good enough."""
-    return judge.at_least(_unsharded(rows)) <= found.limit
+    return judge.at_least(*_unsharded(rows), known) <= found.limit
 
 
-def _unsharded(rows: Rows) -> Candidates:
+def _unsharded(rows: Rows) -> tuple[Candidates, tuple[Ints, Ints]]:
+    """Plans of one replica, and the fewest and most replicas."""
     ones = np.ones(length(rows), np.int64)
     missing = {"recomputation": ones * 0} if "recomputation" not in rows else {}
-    return candidates(rows | {"dp_replicate": ones, "dp_shard": ones} | missing)
+    return candidates(rows | {"dp_replicate": ones, "dp_shard": ones} | missing), (rows["least"], rows["most"])
 
 
 def _most_sharded(space: Space, rows: Rows) -> Candidates:

@@ -12,14 +12,17 @@ import numpy as np
 from orchestrator.core.spec import JobSpec, ModelSpec
 from orchestrator.planner import shares
 from orchestrator.planner.calibration import Calibration
-from orchestrator.planner.candidates import Candidates, Floats
-from orchestrator.planner.cost import time_terms
+from orchestrator.planner.candidates import Candidates, Floats, Ints
+from orchestrator.planner.cost import Speeds, time_terms
 from orchestrator.planner.hardware import Machine
 from orchestrator.planner.memory import USABLE, memory_terms
 from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.pool import Pool
 from orchestrator.planner.transformer import model_flops
 
+SHARES, SLOW_LAST, SLOW_FIRST = range(3)
+"""What devices of several speeds get: unequal shares of the batch, or smaller stages for the slow, which come last or
+first."""
 COMPUTING = ("compute", "recompute", "bubble")
 """Terms of time that a faster device makes shorter."""
 
@@ -37,8 +40,11 @@ class Judge(Protocol):
     def seconds(self, plans: Candidates) -> Floats:
         """Per step; relative units where the model is not described."""
 
-    def at_least(self, plans: Candidates) -> Floats:
-        """Of these, what does not depend on how replicas are divided over dp_replicate and dp_shard."""
+    def at_least(self, plans: Candidates, replicas: tuple[Ints, Ints], known: bool = True) -> Floats:
+        """Of these, what no number of replicas between two gets below, however divided over dp_replicate and dp_shard.
+
+        Unless the layers per stage are `known`, no split that has as many in its fullest stage does, either.
+        """
 
     def least_memory(self, plans: Candidates) -> Floats:
         """Bytes that no division over dp_replicate and fewer dp_shard gets below."""
@@ -48,6 +54,9 @@ class Judge(Protocol):
 
     def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
         """Bytes by what they hold."""
+
+    def way(self, plans: Candidates) -> Ints:
+        """Where devices are not all as fast: `SHARES`, `SLOW_LAST` or `SLOW_FIRST`, whichever is fastest."""
 
     def utilisation(self, tokens_per_device_s: float) -> float:
         """Model FLOPs utilisation (MFU) at this speed."""
@@ -84,7 +93,7 @@ class Described:
         """See `Judge`."""
         return time_terms(self.model, self.machine, plans, self.numbers, self.calibration).total
 
-    def at_least(self, plans: Candidates) -> Floats:
+    def at_least(self, plans: Candidates, replicas: tuple[Ints, Ints], known: bool = True) -> Floats:
         """See `Judge`."""
         terms = time_terms(self.model, self.machine, plans, self.numbers, self.calibration)
         return np.asarray(terms.total - terms.data - terms.optimizer)
@@ -93,13 +102,17 @@ class Described:
         """See `Judge`."""
         return self.memory(plans)
 
-    def where_seconds(self, plans: Candidates) -> Mapping[str, Floats]:
-        """See `Judge`."""
-        return _by_name(time_terms(self.model, self.machine, plans, self.numbers, self.calibration))
+    def where_seconds(self, plans: Candidates, speeds: Speeds | None = None) -> Mapping[str, Floats]:
+        """See `Judge`; `speeds` where pipeline stages are not all as fast."""
+        return _by_name(time_terms(self.model, self.machine, plans, self.numbers, self.calibration, speeds))
 
     def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
         return _by_name(memory_terms(self.model, self.machine, plans, self.numbers))
+
+    def way(self, plans: Candidates) -> Ints:
+        """See `Judge`."""
+        return np.full(len(plans), SHARES)
 
     def utilisation(self, tokens_per_device_s: float) -> float:
         """See `Judge`."""
@@ -108,7 +121,9 @@ class Described:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """On nodes of several speeds, which get unequal shares of the batch (see `shares`)."""
+    """On nodes of several speeds: with unequal shares of the batch, or equal ones and each pipeline stage at its own
+    speed, whichever is faster (see `shares`).
+    """
 
     alike: Described
     """As if all were as fast as the slowest."""
@@ -121,21 +136,30 @@ class Mixed:
         return self.alike.limit_bytes
 
     def memory(self, plans: Candidates) -> Floats:
-        """See `Judge`."""
-        return self.alike.memory(self._shared(plans)[0])
+        """See `Judge`. With as many micro-batches as either way takes."""
+        return self.alike.memory(self._fullest(plans))
 
     def seconds(self, plans: Candidates) -> Floats:
         """See `Judge`."""
-        return np.asarray(sum(self.where_seconds(plans).values()))
+        return np.asarray(np.stack([_total(way) for way in self._ways(plans)]).min(axis=0))
 
-    def at_least(self, plans: Candidates) -> Floats:
-        """See `Judge`. With the fewest samples that an equal share may be, and all as fast as the fastest."""
-        number, most, fastest = plans.micro_batches, plans.micro_batch, self.pool.speeds[-1]
-        few = np.maximum(1.0, (most - 1) / fastest - 1) / most  # of one micro-batch, which may hold more than a share
-        filled = np.where(number > 1, (number - 1) / number, few)
-        terms = self.alike.where_seconds(plans)
-        computing = np.asarray(sum(terms[name] for name in COMPUTING))
-        return self.alike.at_least(plans) - computing * (1 - filled / fastest)
+    def at_least(self, plans: Candidates, replicas: tuple[Ints, Ints], known: bool = True) -> Floats:
+        """See `Judge`. Shares: no replica is ever idle. Stages: the speeds of the fewest replicas."""
+        least, most = replicas
+        speed = shares.most_speed(self.pool, plans, least, most)
+        filled = np.minimum(self.batch / speed / (plans.micro_batches * plans.micro_batch), 1.0)
+        terms = dict(self.alike.where_seconds(plans))
+        terms |= {name: terms[name] * filled for name in ("compute", "recompute")}
+        terms["bubble"] = terms["bubble"] / self.pool.speeds[-1]
+        shared = _total(terms) - terms["data"] - terms["optimizer"]
+        few = replace(plans, dp_shard=plans.dp_shard * least)
+        ways = [shares.stages_of(self.pool, few, slow_first) for slow_first in (False, True)]
+        if not known:
+            fastest = ways[0].first
+            ways = [Speeds(fastest, fastest, fastest)]
+        staged = [self.alike.where_seconds(plans, speeds) for speeds in ways]
+        free = [_total(one) - one["data"] - one["optimizer"] for one in staged]
+        return np.asarray(np.minimum(shared, np.stack(free).min(axis=0)))
 
     def least_memory(self, plans: Candidates) -> Floats:
         """See `Judge`."""
@@ -143,22 +167,35 @@ class Mixed:
 
     def where_seconds(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
-        plans, relative = self._shared(plans)
-        terms = self.alike.where_seconds(plans)
-        return {name: seconds * relative if name in COMPUTING else seconds for name, seconds in terms.items()}
+        ways, best = self._ways(plans), self.way(plans)
+        return {name: np.choose(best, [one[name] for one in ways]) for name in ways[0]}
 
     def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
-        return self.alike.where_memory(self._shared(plans)[0])
+        return self.alike.where_memory(self._fullest(plans))
+
+    def way(self, plans: Candidates) -> Ints:
+        """See `Judge`."""
+        return np.asarray(np.stack([_total(one) for one in self._ways(plans)]).argmin(axis=0))
 
     def utilisation(self, tokens_per_device_s: float) -> float:
         """See `Judge`; of the slowest devices' peak."""
         return self.alike.utilisation(tokens_per_device_s)
 
-    def _shared(self, plans: Candidates) -> tuple[Candidates, Floats]:
-        """The plans with as many micro-batches as their shares take, and the time of one relative to equal shares."""
+    def _ways(self, plans: Candidates) -> list[Mapping[str, Floats]]:
+        """Seconds by `Judge.way`."""
         found = shares.of_plans(self.pool, self.batch, plans)
-        return replace(plans, micro_batches=found.micro_batches), found.relative
+        shared = self.alike.where_seconds(replace(plans, micro_batches=found.micro_batches))
+        shared = {name: term * found.relative if name in COMPUTING else term for name, term in shared.items()}
+        if not (plans.pp > 1).any():
+            return [shared]
+        orders = [shares.stages_of(self.pool, plans, slow_first) for slow_first in (False, True)]
+        return [shared, *(self.alike.where_seconds(plans, speeds) for speeds in orders)]
+
+    def _fullest(self, plans: Candidates) -> Candidates:
+        """With as many micro-batches as the shares take, or the plan has."""
+        number = shares.of_plans(self.pool, self.batch, plans).micro_batches
+        return replace(plans, micro_batches=np.maximum(number, plans.micro_batches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +213,7 @@ class Undescribed:
         work = plans.micro_batch * plans.micro_batches / (plans.pp * plans.cp * plans.tp)
         return np.asarray(work * (1 + (plans.pp - 1) / plans.interleave / plans.micro_batches))
 
-    def at_least(self, plans: Candidates) -> Floats:
+    def at_least(self, plans: Candidates, replicas: tuple[Ints, Ints], known: bool = True) -> Floats:
         """See `Judge`."""
         return self.seconds(plans)
 
@@ -192,9 +229,17 @@ class Undescribed:
         """See `Judge`."""
         return {}
 
+    def way(self, plans: Candidates) -> Ints:
+        """See `Judge`."""
+        return np.full(len(plans), SHARES)
+
     def utilisation(self, tokens_per_device_s: float) -> float:
         """See `Judge`."""
         return 0.0
+
+
+def _total(terms: Mapping[str, Floats]) -> Floats:
+    return np.asarray(sum(terms.values()))
 
 
 def _by_name(terms: Any) -> dict[str, Floats]:

@@ -34,6 +34,8 @@ class Pool:
     """The smallest that is known; 0 when none is."""
     faster: Mapping[str, float] = field(default_factory=dict, repr=False)
     """Nodes that are faster than the slowest -> how many times."""
+    devices_by_speed: tuple[tuple[float, int], ...] = field(init=False, repr=False, compare=False)
+    """(speed, devices that have it), the slowest first."""
     _sizes: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     """(devices, number of nodes that have so many)."""
     _aligned: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -41,6 +43,10 @@ class Pool:
     def __post_init__(self) -> None:
         sizes = Counter(node.devices for node in self.nodes)
         object.__setattr__(self, "_sizes", tuple(sizes.items()))
+        speeds: Counter[float] = Counter()
+        for node in self.nodes:
+            speeds[self.speed_of(node.node)] += node.devices
+        object.__setattr__(self, "devices_by_speed", tuple(sorted(speeds.items())))
 
     @property
     def devices(self) -> int:
@@ -61,14 +67,6 @@ class Pool:
     def mixed(self) -> bool:
         """Whether its nodes are of several speeds."""
         return bool(self.faster)
-
-    @property
-    def devices_by_speed(self) -> tuple[tuple[float, int], ...]:
-        """(speed, devices that have it), the slowest first."""
-        counts: Counter[float] = Counter()
-        for node in self.nodes:
-            counts[self.speed_of(node.node)] += node.devices
-        return tuple(sorted(counts.items()))
 
     @property
     def speeds(self) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from orchestrator.planner.choose import Choice, Search, choose
 from orchestrator.planner.estimate import Estimate, estimates
 from orchestrator.planner.explain import compared, lost, why
 from orchestrator.planner.frontier import LISTED, Ranking, Wish
-from orchestrator.planner.judge import judge
+from orchestrator.planner.judge import SHARES, SLOW_FIRST, judge
 from orchestrator.planner.legality import legal
 from orchestrator.planner.outcome import Candidate, Infeasible, Planned
 from orchestrator.planner.pool import Pool, pools, usable
@@ -139,7 +139,7 @@ def _planned(
     taken, *listed = estimates(spec, found, search.judges, rows)
     others = [one for one in listed if one.mesh != taken.mesh][:LISTED]
     sizes = search.spaces[int(choice.row["pool"][0])].sizes
-    assigned = assign(taken.pool, taken.mesh, spec.min_nodes, assignment)
+    assigned = assign(taken.pool, taken.mesh, spec.min_nodes, assignment, taken.way == SLOW_FIRST)
     taken = _where_assigned(spec, choice, taken, assigned)
     reason = why(spec, choice, taken, others, sizes, sum(node.devices for node in nodes))
     chosen = taken.candidate(reason)
@@ -155,7 +155,7 @@ def _planned(
 
 def _where_assigned(spec: JobSpec, choice: Choice, taken: Estimate, assigned: Assignment) -> Estimate:
     """With the shares of the replicas as their ranks lie on nodes of several speeds."""
-    if not taken.pool.mixed:
+    if not taken.pool.mixed or taken.way != SHARES:
         return taken
     speeds = shares.replica_speeds(taken.mesh, assigned, taken.pool)
     multiple = taken.mesh.pp if taken.interleave > 1 else 1

@@ -1,9 +1,13 @@
-"""Unequal shares of the batch for unequal replicas: a slow node gets fewer samples, not everybody its speed.
+"""A slow node gets fewer samples, or a smaller pipeline stage: not everybody gets its speed.
+
+Fewer samples: unequal shares of the batch for unequal replicas.
 
 All replicas run as many micro-batches as each other, so that their collectives pair up; a slow one runs smaller ones.
-With rows per micro-batch r_i <= m, speeds v_i and k micro-batches the step takes k max(r_i / v_i), and k sum(r_i) is at
-least the batch. The best k and r_i are found exactly: some replica has r_i = v_i t, so that t is one of m numbers for
-each speed, and all rows and k follow from t. Where memory leaves room for one row only there is nothing to share.
+With rows per micro-batch r_i, speeds v_i and k micro-batches the step takes k max(r_i / v_i), and k sum(r_i) is at
+least the batch. The fastest have m rows, and m is searched as ever; some replica has r_i = v_i t, so that t is one
+number for each speed, and all rows and k follow from t. Where memory leaves room for one row there is nothing to share.
+
+A smaller stage: equal shares, and fewer layers for the stage of the slow devices, which come last or first.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import numpy as np
 from orchestrator.core.types import Assignment, BatchSplit, Mesh
 from orchestrator.planner.batch import split as equal
 from orchestrator.planner.candidates import Candidates, Floats, Ints
+from orchestrator.planner.cost import Speeds
 from orchestrator.planner.pool import Pool
 
 _ROUND = 1e-9
@@ -38,20 +43,22 @@ class Shares:
 def divide(batch: Ints | int, replicas: Ints, speeds: Sequence[float], most: Ints, multiple: Ints | int = 1) -> Shares:
     """Shares of `batch` samples for `replicas` of each speed (rows: speeds, slowest first; columns: plans).
 
-    `most` rows fit into a micro-batch; the number of micro-batches is a multiple of `multiple`.
+    The fastest replicas have `most` rows per micro-batch; the number of micro-batches is a multiple of `multiple`.
     """
     speed = np.asarray(speeds)[:, None]
+    fastest = np.where(replicas > 0, speed, 0).max(axis=0)
     best = np.full(len(most), np.inf)
     rows, number = np.ones_like(replicas), np.ones_like(most)
-    for at in speeds:
-        for count in range(int(most.max(initial=0)), 0, -1):  # of equal ones that with the fewest micro-batches
-            tried = np.clip(np.floor(count / at * speed + _ROUND), 1, most).astype(np.int64)
-            passes = -(-batch // (replicas * tried).sum(axis=0))
-            passes = -(-passes // multiple) * multiple
-            took = passes * (np.where(replicas > 0, tried, 0) / speed).max(axis=0)
-            better = (took < best * (1 - _ROUND)) & (count <= most)
-            best = np.where(better, took, best)
-            rows, number = np.where(better, tried, rows), np.where(better, passes, number)
+    for at in speeds[::-1]:  # of equal ones that with the fewest rows
+        count = np.maximum(np.ceil(most * at / fastest - _ROUND), 1)  # beyond it the fastest have one row more
+        tried = np.clip(np.floor(count / at * speed + _ROUND), 1, most).astype(np.int64)
+        passes = -(-batch // (replicas * tried).sum(axis=0))
+        passes = -(-passes // multiple) * multiple
+        took = passes * (np.where(replicas > 0, tried, 0) / speed).max(axis=0)
+        within = (count / at < (most + 1) / fastest - _ROUND) & (at <= fastest)
+        better = (took < best * (1 - _ROUND)) & within
+        best = np.where(better, took, best)
+        rows, number = np.where(better, tried, rows), np.where(better, passes, number)
     return Shares(rows, number, best * speeds[0] / np.maximum(number * most, 1))
 
 
@@ -67,12 +74,49 @@ def replicas_of(pool: Pool, plans: Candidates) -> Ints:
     The slowest devices have the last ranks, so they lie in the last pipeline stages; a replica has the speed of its
     slowest device.
     """
-    width, replicas = plans.cp * plans.tp, plans.dp_replicate * plans.dp_shard
+    return _replicas(pool, plans.dp_replicate * plans.dp_shard, plans.pp, plans.cp * plans.tp)
+
+
+def _replicas(pool: Pool, replicas: Ints, stages: Ints, width: Ints) -> Ints:
     slower = np.cumsum([devices for _, devices in pool.devices_by_speed])[:, None]
-    idle = slower[-1] - plans.devices
+    idle = slower[-1] - replicas * stages * width
     touched = np.minimum(replicas, -(-np.maximum(slower - idle, 0) // width))
     touched[-1] = replicas
     return np.asarray(np.diff(touched, axis=0, prepend=0), np.int64)
+
+
+def most_speed(pool: Pool, plans: Candidates, least: Ints, most: Ints) -> Floats:
+    """The largest sum of the speeds of `least` to `most` replicas such as the one of each plan.
+
+    With one replica more it grows by at most its speed until devices of the next speed are needed, and falls or grows
+    as steadily from there: the largest is at an end, or where a speed runs out.
+    """
+    width, speed = plans.cp * plans.tp, np.array(pool.speeds)[:, None]
+    faster = np.cumsum([devices for _, devices in pool.devices_by_speed][:0:-1])
+    ends = [least, most]
+    for devices in faster:
+        last = devices // (plans.pp * width)
+        ends += [np.clip(last, least, most), np.clip(last + 1, least, most)]
+    sums = [(_replicas(pool, number, plans.pp, width) * speed).sum(axis=0) for number in ends]
+    return np.asarray(np.stack(sums).max(axis=0))
+
+
+def stages_of(pool: Pool, plans: Candidates, slow_first: bool = False) -> Speeds:
+    """How many times as fast as the pool's slowest device the slowest of each stage is.
+
+    The fastest devices are taken, and ranked fastest first, or with `slow_first` slowest first.
+    """
+    known = np.array(pool.speeds)
+    slower = np.cumsum([devices for _, devices in pool.devices_by_speed])
+    idle, width = slower[-1] - plans.devices, plans.devices // plans.pp
+
+    def after(devices: Ints) -> Floats:
+        """Of the slowest used device but so many."""
+        return np.asarray(known[np.searchsorted(slower, idle + devices, side="right")])
+
+    slowest, fastest = after(0 * width), after((plans.pp - 1) * width)
+    between = after(np.where(plans.pp > 2, width, 0))
+    return Speeds(slowest, between, fastest) if slow_first else Speeds(fastest, between, slowest)
 
 
 def split(batch: int, speeds: Sequence[float], micro_batch: int, multiple: int = 1) -> BatchSplit:

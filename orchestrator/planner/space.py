@@ -32,6 +32,8 @@ SHARDED = 8
 _SPLIT = ("layers_first", "layers_middle", "layers_last")
 _MOST_SIZES = 256
 """Replicas of more samples than this are offered so many sizes of micro-batches, evenly spaced by ratio."""
+_FINE = 32
+"""On nodes of several speeds every size up to this is offered; beyond, one more row is little."""
 
 
 def length(rows: Rows) -> int:
@@ -133,8 +135,11 @@ class Space:
         """As `_sizes`; on nodes of several speeds the fastest may take more than an equal share at once."""
         if not self.pool.mixed:
             return _sizes(samples, wanted)
-        found = _sizes(ceil(samples * self.pool.speeds[-1]), wanted)
-        return np.stack([found[:, 0], -(-samples // found[:, 0])], axis=1)
+        most = ceil(samples * self.pool.speeds[-1])
+        found = _sizes(most, wanted)[:, 0]
+        if wanted is None:  # a size between two of these may suit the slower ones better
+            found = np.union1d(found, np.arange(1, min(most, _FINE) + 1))[::-1]
+        return np.stack([found, -(-samples // found)], axis=1)
 
     def splits(self, rows: Rows) -> Rows:
         """With each number of layers of the first, the fullest middle and the last pipeline stage."""
@@ -230,7 +235,8 @@ class Space:
         model = self.spec.model
         if model is None:
             return np.zeros((1, 3), np.int64)
-        return stage_splits(model.layers, pp, interleave, ceil(output_flops(model) / layer_flops(model)))
+        output = ceil(output_flops(model) / layer_flops(model))
+        return stage_splits(model.layers, pp, interleave, output, self.pool.mixed)
 
 
 def candidates(rows: Rows) -> Candidates:
@@ -289,13 +295,16 @@ def _sizes(samples: int, wanted: int | None) -> Ints:
 
 
 @cache
-def stage_splits(layers: int, stages: int, interleave: int, output: int) -> Ints:
+def stage_splits(layers: int, stages: int, interleave: int, output: int, mixed: bool = False) -> Ints:
     """(first, fullest middle, last) layers per stage, each split such that no other is at most as full everywhere.
 
     Every stage has a layer per interleaved chunk at least. None has more than `output` (the output projection, in
-    layers) and one over an even share: beyond that it is slower than with all stages even.
+    layers) and one over an even share: beyond that it is slower than with all stages even. Where devices are `mixed`
+    the stage of the slowest ones may leave all but its fewest layers to the others.
     """
     most = -(-layers // stages) + 1 + output
+    if mixed and stages > 1:
+        most = max(most, -(-(layers - interleave) // (stages - 1)))
     if stages == 1:
         return np.array([(layers, 0, 0)], np.int64)
     if stages == 2:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
+from math import ceil
 
 import numpy as np
 import pytest
@@ -94,8 +96,8 @@ def stages(layers: int, pp: int) -> Iterator[tuple[int, int, int]]:
     yield from found
 
 
-def everything(spec: JobSpec, capacity: list[NodeCapacity]) -> Iterator[dict[str, int]]:
-    """Every legal plan on nodes that are all alike, one by one."""
+def everything(spec: JobSpec, capacity: list[NodeCapacity], faster: float = 1.0) -> Iterator[dict[str, int]]:
+    """Every legal plan on nodes that are all alike but for their speed, one by one; some are `faster` than others."""
     model = spec.model
     assert model is not None
     size, devices = capacity[0].devices, sum(node.devices for node in capacity)
@@ -114,17 +116,18 @@ def everything(spec: JobSpec, capacity: list[NodeCapacity]) -> Iterator[dict[str
             continue
         if "dp_replicate" not in spec.parallelism and dp_replicate > 1 and dp_shard < FEW_SHARDS:
             continue
-        yield from runs(spec, model, mesh)
+        yield from runs(spec, model, mesh, faster)
 
 
-def runs(spec: JobSpec, model: ModelSpec, mesh: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Every way to run one mesh."""
+def runs(spec: JobSpec, model: ModelSpec, mesh: dict[str, int], faster: float) -> Iterator[dict[str, int]]:
+    """Every way to run one mesh; of several speeds, the fastest may take more than an equal share, and any layers."""
     pp = mesh["pp"]
     samples = -(-spec.global_batch // (mesh["dp_replicate"] * mesh["dp_shard"]))
     fullest = -(-model.layers // pp) + 1 + -(-output_flops(model) // layer_flops(model))
+    fullest = fullest if faster == 1 else model.layers
     groups = mesh["dp_shard"] * mesh["cp"] * mesh["tp"]
-    for micro_batch in [spec.micro_batch] if spec.micro_batch else range(1, samples + 1):
-        micro_batch = min(micro_batch, samples)
+    for micro_batch in [spec.micro_batch] if spec.micro_batch else range(1, ceil(samples * faster) + 1):
+        micro_batch = min(micro_batch, ceil(samples * faster))
         number = -(-samples // micro_batch)
         if pp > 1 and spec.micro_batch is None and number < min(pp, samples):
             continue
@@ -184,6 +187,66 @@ def test_nothing_is_faster_than_what_the_search_finds(
     listed = np.sort(found.step[found.firsts()])[: frontier.LISTED]
     expected = sorted(step for step in best.values() if step < np.inf)[: frontier.LISTED]
     assert list(listed) == pytest.approx(expected, rel=1e-12)
+
+
+@st.composite
+def unlike(draw: st.DrawFn) -> tuple[JobSpec, list[NodeCapacity]]:
+    """A job, often a pipeline, on nodes of several speeds."""
+    spec = draw(jobs())
+    assert spec.model is not None
+    axes = dict(spec.parallelism)
+    if draw(st.booleans()):
+        axes["pp"] = AxisBounds(2, 4)
+    model = replace(spec.model, layers=draw(st.integers(2, 9)))
+    size, memory = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([0, GIB, 80 * GIB]))
+    speeds = draw(st.lists(st.sampled_from([1.0, 1.0, 0.8, 0.5, 0.3]), min_size=2, max_size=6 // size + 1))
+    kind = draw(st.sampled_from(["cpu", "h100"]))
+    capacity = [NodeCapacity(f"node-{at}", size, memory, kind, speed) for at, speed in enumerate(speeds)]
+    return replace(spec, model=model, parallelism=axes), capacity
+
+
+@pytest.mark.parametrize("at_once", [10**9, 0], ids=["whole", "most promising first"])
+@settings(deadline=None, max_examples=150)
+@given(unlike())
+def test_nothing_is_faster_on_nodes_of_several_speeds(at_once: int, given_: tuple[JobSpec, list[NodeCapacity]]) -> None:
+    spec, capacity = given_
+    for pool in pools(spec, usable(spec, capacity)):
+        if not pool.mixed or len(pool.nodes) < spec.min_nodes:
+            continue
+        space, found = Space(spec, pool, legal(spec, pool.devices)), Ranking()
+        frontier.fastest(space, judge(spec, pool), Wish(), found, at_once)
+        plans = list(everything(spec, list(pool.nodes), pool.speeds[-1]))
+        steps = seconds(space, candidates(rows_of(plans))) if plans else np.array([np.inf])
+        if steps.min() == np.inf:
+            assert not len(found)
+            continue
+        assert found.step.min() == pytest.approx(steps.min(), rel=1e-12)
+        known = {tuple(one[name] for name in FIELDS) for one in plans}
+        assert all(tuple(int(found.rows[name][at]) for name in FIELDS) in known for at in range(len(found)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(unlike(), st.integers(0, 3), st.integers(0, 3))
+def test_no_plan_takes_less_than_its_bound(given_: tuple[JobSpec, list[NodeCapacity]], fewer: int, more: int) -> None:
+    spec, capacity = given_
+    for pool in pools(spec, usable(spec, capacity)):
+        plans = list(everything(spec, list(pool.nodes), pool.speeds[-1]))
+        if not plans:
+            continue
+        judged, every = judge(spec, pool), candidates(rows_of(plans))
+        replicas, ones = every.dp_replicate * every.dp_shard, np.ones(len(plans), np.int64)
+        room = sum(node.devices for node in pool.nodes) // (every.pp * every.cp * every.tp)
+        least, most = np.maximum(1, replicas - fewer), np.minimum(replicas + more, room)
+        alone = replace(every, dp_replicate=ones, dp_shard=ones)
+        steps = judged.seconds(every) * (1 + 1e-12)
+        assert (judged.at_least(alone, (least, most)) <= steps).all()
+        fullest = np.maximum(np.maximum(every.layers_first, every.layers_middle), every.layers_last)
+        split = {
+            "layers_first": np.where(every.pp > 2, 1, fullest),
+            "layers_middle": np.where(every.pp > 2, fullest, 0),
+            "layers_last": np.where(every.pp > 1, 1, 0),
+        }
+        assert (judged.at_least(replace(alone, **split), (least, most), False) <= steps).all()
 
 
 @settings(deadline=None, max_examples=60)

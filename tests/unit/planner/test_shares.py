@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from math import ceil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.core.spec import AxisBounds
 from orchestrator.core.types import NodeCapacity
+from orchestrator.planner.candidates import Candidates
+from orchestrator.planner.cost import time_terms
+from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.pool import pools, usable
-from orchestrator.planner.shares import divide, replica_speeds, split
-from tests.unit.planner.jobs import EXAMPLE, LLAMA_8B, job, nodes, planned
+from orchestrator.planner.shares import divide, most_speed, replica_speeds, replicas_of, split, stages_of
+from orchestrator.planner.space import stage_layers, stage_splits
+from tests.unit.planner.jobs import EXAMPLE, LLAMA_8B, LLAMA_405B, job, nodes, planned
 
 SPEEDS = st.lists(st.sampled_from([1.0, 1.25, 1.5, 2.95]), min_size=1, max_size=4)
 
@@ -31,15 +37,21 @@ def fastest(batch: int, speeds: list[float], most: int) -> float:
     return found
 
 
-@settings(deadline=None)
-@given(SPEEDS, st.integers(1, 40), st.integers(1, 5))
-def test_no_other_shares_take_less_time(speeds: list[float], batch: int, most: int) -> None:
+def took(batch: int, speeds: list[float], most: int) -> float:
     known = sorted(set(speeds))
     counts = np.array([[speeds.count(one)] for one in known])
     found = divide(batch, counts, known, np.array([most]))
-    took = found.micro_batches[0] * most / known[0] * found.relative[0]
-    assert took == pytest.approx(fastest(batch, speeds, most), rel=1e-9)
-    assert found.relative[0] <= 1 + 1e-9
+    assert found.rows[-1, 0] == most
+    return float(found.micro_batches[0] * most / known[0] * found.relative[0])
+
+
+@settings(deadline=None)
+@given(SPEEDS, st.integers(1, 40), st.integers(1, 5))
+def test_no_other_shares_take_less_time(speeds: list[float], batch: int, most: int) -> None:
+    best = min(took(batch, speeds, one) for one in range(1, most + 1))
+    within = [one for one in range(1, most + 1) if ceil(one / min(speeds) * max(speeds)) <= most]
+    assert best >= fastest(batch, speeds, most) - 1e-9
+    assert best <= min((fastest(batch, speeds, one) for one in within), default=np.inf) * (1 + 1e-9)
 
 
 @settings(deadline=None)
@@ -51,9 +63,33 @@ def test_all_samples_are_shared_and_no_micro_batch_is_larger(
     assert sum(shared.samples) == batch and min(shared.samples) >= 1
     assert max(map(shared.rows, range(len(speeds)))) <= shared.micro_batch <= most
     assert shared.micro_batches % multiple == 0
-    took = max(shared.rows(at) / speed for at, speed in enumerate(speeds)) * shared.micro_batches
+    longest = max(shared.rows(at) / speed for at, speed in enumerate(speeds)) * shared.micro_batches
     alone = multiple > 1 or len(set(speeds)) == 1  # then it is as `batch.split` has it
-    assert alone or took <= fastest(batch, speeds, most) * (1 + 1e-9)
+    assert alone or longest <= took(batch, speeds, most) * (1 + 1e-9)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([0.25, 0.5, 0.8, 1.0]), min_size=1, max_size=14), st.integers(1, 3), st.integers(1, 2),
+    st.integers(1, 14), st.integers(0, 5),
+)  # fmt: skip
+def test_no_number_of_replicas_is_faster_together(speeds: list[float], pp: int, tp: int, least: int, more: int) -> None:
+    capacity = [replace(node, speed=speed) for node, speed in zip(nodes(len(speeds)), speeds, strict=True)]
+    pool = max(pools(job(), usable(job(), capacity)), key=lambda one: len(one.nodes))
+    room = len(speeds) // (pp * tp)
+    if least > room:
+        return
+    most = min(least + more, room)
+
+    def together(replicas: int) -> float:
+        plans = Candidates(*np.ones((14, 1), np.int64))
+        plans = replace(plans, pp=plans.pp * pp, tp=plans.tp * tp, dp_shard=plans.dp_shard * replicas)
+        return float((replicas_of(pool, plans)[:, 0] * np.array(pool.speeds)).sum())
+
+    one = Candidates(*np.ones((14, 1), np.int64))
+    one = replace(one, pp=one.pp * pp, tp=one.tp * tp)
+    found = most_speed(pool, one, np.array([least]), np.array([most]))[0]
+    assert found == pytest.approx(max(map(together, range(least, most + 1))))
 
 
 def test_equal_speeds_share_equally() -> None:
@@ -81,14 +117,69 @@ def test_a_node_too_slow_to_help_is_left_out() -> None:
 
 def test_devices_of_two_kinds_train_together_where_that_is_faster() -> None:
     capacity = [*nodes(4, 8, "h100"), *nodes(2, 8, "a100", first=5)]
-    spec = job(LLAMA_8B, global_batch=1024)
+    spec = job(LLAMA_8B, global_batch=1024, pp=1, tp=8)
     both, fast = planned(spec, capacity), planned(spec, capacity[:4])
     pool = next(one for one in pools(spec, usable(spec, capacity)) if one.mixed)
     assert pool.device.name == "a100" and pool.speeds == (1.0, 2.9)
-    if len(both.assignment.names) > 4:
-        assert both.plan.step_s < fast.plan.step_s
-        speeds = replica_speeds(both.plan.mesh, both.assignment, pool)
-        assert both.plan.batch.samples[speeds.index(1.0)] < both.plan.batch.samples[speeds.index(2.9)]
+    assert len(both.assignment.names) == 6
+    assert both.plan.step_s < fast.plan.step_s
+    speeds = replica_speeds(both.plan.mesh, both.assignment, pool)
+    assert both.plan.batch.samples[speeds.index(1.0)] < both.plan.batch.samples[speeds.index(2.9)]
+
+
+def test_slow_devices_get_a_smaller_stage_where_that_is_faster_than_smaller_shares() -> None:
+    capacity = [*nodes(4, 8, "h100"), *nodes(2, 8, "a100", first=5)]
+    staged = planned(job(LLAMA_8B, global_batch=1024), capacity)
+    shared = planned(job(LLAMA_8B, global_batch=1024, pp=1), capacity)
+    assert staged.plan.step_s < 0.95 * shared.plan.step_s
+    assert staged.plan.mesh.pp > 1
+    layers = staged.plan.stage_layers
+    slow = layers[0] if staged.assignment.names[0] == "node-5" else layers[-1]
+    assert slow < max(layers) - 3 and sum(layers) == LLAMA_8B.layers
+    assert max(staged.plan.batch.samples) - min(staged.plan.batch.samples) <= 1
+    assert "on the slower nodes, has" in staged.plan.reason
+
+
+def test_one_slow_node_of_many_is_put_where_a_stage_has_little_to_do() -> None:
+    spec = job(LLAMA_405B, global_batch=256, tp=8, pp=AxisBounds(16, 16))
+    capacity = nodes(32, 8, "b200")
+    alike, slow = planned(spec, capacity), planned(spec, slowed(capacity, 7, speed=0.7))
+    assert slow.plan.mesh.world_size == 256
+    assert slow.plan.step_s < 1.1 * alike.plan.step_s, "not 1 / 0.7 times"
+    assert "node-8" in (slow.assignment.names[0], slow.assignment.names[-1])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 4), st.integers(1, 3), st.sampled_from([0.25, 0.5, 0.8]), st.booleans(), st.data())
+def test_a_step_with_stages_of_several_speeds_takes_what_its_stages_take(
+    pp: int, width: int, speed: float, slow_first: bool, data: st.DataObject
+) -> None:
+    """Against adding up one stage after the other."""
+    number = data.draw(st.integers(1, width))
+    capacity = slowed(nodes(pp * width, 8, "h100"), *range(number), speed=speed)
+    spec = job(LLAMA_8B, global_batch=64)
+    pool = next(one for one in pools(spec, usable(spec, capacity)) if one.mixed)
+    layers = data.draw(st.sampled_from(stage_splits(32, pp, 1, 2, True).tolist()))
+    one = dict.fromkeys(("interleave", "dp_replicate", "cp", "ep"), 1) | {
+        "pp": pp, "dp_shard": width, "tp": 8, "zero": 3, "micro_batch": 1, "micro_batches": 8, "recomputation": 0,
+        "layers_first": layers[0], "layers_middle": layers[1], "layers_last": layers[2],
+    }  # fmt: skip
+    plans = Candidates(**{name: np.array([value]) for name, value in one.items()})
+    speeds = stages_of(pool, plans, slow_first)
+    found = time_terms(LLAMA_8B, pool.machine, plans, Numbers(), None, speeds)
+    each = [pool.speeds[-1]] * pp
+    each[0 if slow_first else -1] = 1.0
+    assert (speeds.first[0], speeds.last[0]) == (each[0], each[-1])
+    per_layer = time_terms(LLAMA_8B, pool.machine, replace(plans, layers_first=np.array([40])), Numbers())
+    computing, wait = per_layer.compute[0] / 8 / 40, per_layer.tensor[0] / 8 / 40
+    logits = time_terms(LLAMA_8B, pool.machine, replace(plans, layers_last=np.array([40])), Numbers()).compute[0] / 8
+    logits -= 40 * computing
+    stages = stage_layers(32, pp, layers[0], layers[2])
+    took = [count * (computing / at + wait) for count, at in zip(stages, each, strict=True)]
+    took[-1] += logits / each[-1]
+    expected = 8 * max(took) + sum(took) - max(took)
+    measured = found.compute[0] + found.tensor[0] + found.bubble[0] - (pp - 1) * found.pipeline[0] / 8
+    assert measured == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_pipeline_s_slow_node_slows_down_only_the_replicas_that_it_is_part_of() -> None:
