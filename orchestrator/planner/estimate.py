@@ -102,7 +102,7 @@ class _Terms:
             seconds={name: float(term[at]) for name, term in self._seconds.items() if term[at]},
             memory={name: float(term[at]) for name, term in self._memory.items() if term[at]},
             tokens_per_s=tokens_per_s,
-            mfu=self._judge.utilisation(tokens_per_s / mesh.world_size),
+            mfu=self._judge.utilisation(tokens_per_s, mesh.world_size),
             way=int(self._way[at]),
         )
 

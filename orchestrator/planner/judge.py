@@ -58,8 +58,8 @@ class Judge(Protocol):
     def way(self, plans: Candidates) -> Ints:
         """Where devices are not all as fast: `SHARES`, `SLOW_LAST` or `SLOW_FIRST`, whichever is fastest."""
 
-    def utilisation(self, tokens_per_device_s: float) -> float:
-        """Model FLOPs utilisation (MFU) at this speed."""
+    def utilisation(self, tokens_per_s: float, devices: int) -> float:
+        """Model FLOPs utilisation (MFU) of so many devices at this speed."""
 
 
 def judge(spec: JobSpec, pool: Pool, calibration: Calibration | None = None) -> Judge:
@@ -114,9 +114,9 @@ class Described:
         """See `Judge`."""
         return np.full(len(plans), SHARES)
 
-    def utilisation(self, tokens_per_device_s: float) -> float:
+    def utilisation(self, tokens_per_s: float, devices: int) -> float:
         """See `Judge`."""
-        return tokens_per_device_s * model_flops(self.model) / self.machine.device.peak_flops_per_s
+        return tokens_per_s * model_flops(self.model) / (devices * self.machine.device.peak_flops_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +178,9 @@ class Mixed:
         """See `Judge`."""
         return np.asarray(np.stack([_total(one) for one in self._ways(plans)]).argmin(axis=0))
 
-    def utilisation(self, tokens_per_device_s: float) -> float:
-        """See `Judge`; of the slowest devices' peak."""
-        return self.alike.utilisation(tokens_per_device_s)
+    def utilisation(self, tokens_per_s: float, devices: int) -> float:
+        """See `Judge`; of the fastest devices, those which a plan takes."""
+        return tokens_per_s * model_flops(self.alike.model) / self.pool.peak_flops_per_s(devices)
 
     def _ways(self, plans: Candidates) -> list[Mapping[str, Floats]]:
         """Seconds by `Judge.way`."""
@@ -233,7 +233,7 @@ class Undescribed:
         """See `Judge`."""
         return np.full(len(plans), SHARES)
 
-    def utilisation(self, tokens_per_device_s: float) -> float:
+    def utilisation(self, tokens_per_s: float, devices: int) -> float:
         """See `Judge`."""
         return 0.0
 

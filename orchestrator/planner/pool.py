@@ -63,6 +63,14 @@ class Pool:
         """How many times as fast as the slowest, in steps of a twentieth."""
         return self.faster.get(node, 1.0)
 
+    def peak_flops_per_s(self, devices: int) -> float:
+        """Of so many of the fastest devices together, as their vendors say; a throttled one counts in full."""
+        total, left = 0.0, devices
+        for node in sorted(self.nodes, key=lambda node: -self.speed_of(node.node)):
+            total += min(left, node.devices) * (find(node.kind) or self.device).peak_flops_per_s
+            left -= min(left, node.devices)
+        return total
+
     @property
     def mixed(self) -> bool:
         """Whether its nodes are of several speeds."""
