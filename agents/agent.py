@@ -42,6 +42,7 @@ class Agent:
             warm=self._supervisor.warm,
             launch=self._supervisor.report(),
             probes=self._host.read(),
+            rack=self._settings.rack,
         )
 
     async def run(self) -> None:

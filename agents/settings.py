@@ -18,6 +18,9 @@ PRELOAD = "orchestrator.trainer.preload"
 scripts would import and do for the first time is done once, before they are forked."""
 TOKEN_VARIABLE = "REGROW_TOKEN"  # noqa: S105  # the name of a variable
 """Environment variable with the token; training scripts do not get to see it."""
+RACK_VARIABLE = "REGROW_RACK"
+"""Environment variable with the rack, where no flag says it."""
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class Settings:
     token: str
     preload: str | None
     parent: int | None
+    rack: str
+    """Empty = not known."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +51,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:
     options = _parser().parse_args(argv)
     if not re.fullmatch(r"https?://[^/\s]+/?", options.controller):
         raise InvalidInput(f"--controller must look like http://HOST:PORT, not {options.controller!r}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}", options.node):
+    if not re.fullmatch(_NAME, options.node):
         raise InvalidInput(f"--node must be a name of letters, digits, '.', '_' and '-', not {options.node!r}")
     token = _token(options.token_file, environment)
     return Settings(
@@ -58,6 +63,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:
         token=token,
         preload=options.preload or None,
         parent=options.parent,
+        rack=_rack(options.rack, environment),
     )
 
 
@@ -71,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--controller", required=True, metavar="URL", help="http://HOST:PORT of the controller")
     parser.add_argument("--node", required=True, metavar="NAME", help="name of this node, unique in the cluster")
     parser.add_argument("--devices", default="auto", metavar="N", help="devices to offer; auto = one CPU slot")
+    parser.add_argument(
+        "--rack", metavar="NAME", help=f"rack that the node stands in, instead of {RACK_VARIABLE}; not known"
+    )
     parser.add_argument("--address", default="127.0.0.1", help="address at which other nodes reach this one")
     parser.add_argument(
         "--runtime-dir", type=Path, metavar="DIR", help="folder for logs and sockets; a new one in /tmp"
@@ -89,6 +98,14 @@ def _devices(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise InvalidInput(f"--devices must be a number of at least 1 or 'auto', not {text!r}")
     return int(text)
+
+
+def _rack(given: str | None, environment: Mapping[str, str]) -> str:
+    rack = environment.get(RACK_VARIABLE, "").strip() if given is None else given
+    if rack and not re.fullmatch(_NAME, rack):
+        source = RACK_VARIABLE if given is None else "--rack"
+        raise InvalidInput(f"{source} must be a name of letters, digits, '.', '_' and '-', not {rack!r}")
+    return rack
 
 
 def _token(path: Path | None, environment: Mapping[str, str]) -> str:

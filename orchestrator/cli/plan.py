@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 _NODES = (
     "Nodes x devices : kind, for example 7x8:h100, or 3x8:h100,1x4:h100. Kind: a name of the catalogue; else cpu. "
-    "@0.7 behind it: they run at so much of their usual speed, for example 7x8:h100,1x8:h100@0.7."
+    "@0.7 behind it: they run at so much of their usual speed, for example 7x8:h100,1x8:h100@0.7. "
+    "/NAME at the end: they stand in that rack, for example 16x8:h100/rack-a,16x8:h100/rack-b."
 )
 _LOSE = "Then lose these nodes: a number of them, or names (node-3,node-5). Repeatable for one loss after another."
 _LADDER = "Then the plans for so many losses more, as a running job has them ready."
 _EVALUATE = "Instead of planning: a table (CSV) of measured runs; predictions are shown beside them. Repeatable."
 _CALIBRATE = "With --evaluate: add what the measured steps teach to this file."
 _CALIBRATION = "Correct estimates by what --calibrate or a running job has kept in this file."
-_GROUP = re.compile(r"([1-9]\d{0,4})(?:x([1-9]\d{0,3}))?(?::([A-Za-z0-9][\w .-]*))?(?:@(0?\.\d{1,3}|1(?:\.0)?))?")
+_GROUP = re.compile(
+    r"([1-9]\d{0,4})(?:x([1-9]\d{0,3}))?(?::([A-Za-z0-9][\w .-]*))?(?:@(0?\.\d{1,3}|1(?:\.0)?))?"
+    r"(?:/([A-Za-z0-9][A-Za-z0-9._-]{0,252}))?"
+)
 
 
 def plan(
@@ -110,7 +114,8 @@ def capacity_of(text: str) -> list[NodeCapacity]:
         match = _GROUP.fullmatch(group.strip())
         if match is None:
             raise InvalidInput(
-                f"--nodes {text!r} cannot be read: write nodes x devices : kind @ speed up to 1, for example 7x8:h100"
+                f"--nodes {text!r} cannot be read: write nodes x devices : kind @ speed up to 1 / rack, "
+                "for example 7x8:h100 or 7x8:h100/rack-a"
             )
         kind = match[3] or "cpu"
         device = find(kind)
@@ -121,7 +126,8 @@ def capacity_of(text: str) -> list[NodeCapacity]:
         speed = float(match[4] or 1)
         if not speed:
             raise InvalidInput(f"--nodes {text!r} has nodes of speed 0: leave them out")
-        found += [NodeCapacity(name, int(match[2] or 1), device.memory_bytes, device.name, speed) for name in names]
+        devices, rack = int(match[2] or 1), match[5] or ""
+        found += [NodeCapacity(name, devices, device.memory_bytes, device.name, speed, rack) for name in names]
     return found
 
 

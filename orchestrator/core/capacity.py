@@ -61,4 +61,5 @@ def choose(candidates: list[Candidate], spec: JobSpec, now_s: float, keep: tuple
 def offer(report: NodeReport, spec: JobSpec) -> NodeCapacity:
     """What the planner is told of a node: at most `spec.devices_per_node` of its devices."""
     wanted = report.devices if spec.devices_per_node is None else min(report.devices, spec.devices_per_node)
-    return NodeCapacity(report.node, wanted, report.device_memory_bytes, spec.device_kind or report.device_kind)
+    kind = spec.device_kind or report.device_kind
+    return NodeCapacity(report.node, wanted, report.device_memory_bytes, kind, rack=report.rack)

@@ -119,7 +119,7 @@ class Fleet:
 
 
 def _device(report: NodeReport) -> tuple[object, ...]:
-    return report.instance, report.devices, report.device_memory_bytes, report.device_kind, report.warm
+    return report.instance, report.devices, report.device_memory_bytes, report.device_kind, report.warm, report.rack
 
 
 def workers(launches: list[tuple[Node, LaunchReport | None]]) -> list[tuple[Node, WorkerReport]]:

@@ -141,5 +141,7 @@ class JobSpec:
     recovery: RecoverySpec = field(default_factory=RecoverySpec)
     device_kind: str | None = None
     """Name in the hardware catalogue; None = what the nodes report."""
+    rack_oversubscription: float = 1.0
+    """How many times thinner the network between racks is than inside them; 1 = as thick: racks do not matter."""
     seed: int = 0
     environment: tuple[tuple[str, str], ...] = ()

@@ -104,6 +104,8 @@ class NodeStatus:
     step: int
     drained: bool
     probes: Probes
+    rack: str = ""
+    """As the node says; empty = not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ def _node(job: Job, node: Node) -> NodeStatus:
         step=max((worker.step for worker in workers), default=0),
         drained=node.name in history.drained,
         probes=report.probes if report else Probes(),
+        rack=report.rack if report else "",
     )
 
 

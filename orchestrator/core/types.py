@@ -158,6 +158,8 @@ class NodeCapacity:
     """Device name in the hardware catalogue."""
     speed: float = 1.0
     """Of its devices, relative to what their kind usually does: 0.7 for a node that is throttled."""
+    rack: str = ""
+    """Nodes of one rack share its switch; empty = not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +311,8 @@ class NodeReport:
     """False while the process that workers are forked from is still importing: a launch now would start late."""
     launch: LaunchReport | None = None
     probes: Probes = field(default_factory=Probes)
+    rack: str = ""
+    """Where it stands; empty = not known."""
 
 
 # ---------------------------------------------------------------- what a node is told

@@ -154,7 +154,8 @@ def _progress(status: JobStatus) -> str:
 
 def _nodes(nodes: tuple[NodeStatus, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("node", "verdict", "devices", "ranks", "step", "why"):
+    racks = any(node.rack for node in nodes)
+    for column in ("node", *(["rack"] if racks else []), "verdict", "devices", "ranks", "step", "why"):
         table.add_column(column, overflow="fold")
     for node in nodes:
         verdict = Text(str(node.verdict.health), style=_HEALTH_STYLE[node.verdict.health])
@@ -162,7 +163,9 @@ def _nodes(nodes: tuple[NodeStatus, ...]) -> Table:
             verdict.append(" drained", style="yellow")
         devices = f"{node.used_devices}/{node.devices}"
         ranks = ",".join(map(str, node.ranks)) or "-"
-        table.add_row(node.node, verdict, devices, ranks, str(node.step) if node.ranks else "-", node.verdict.reason)
+        where = [Text(node.rack or "-")] if racks else []
+        step = str(node.step) if node.ranks else "-"
+        table.add_row(node.node, *where, verdict, devices, ranks, step, node.verdict.reason)
     return table
 
 

@@ -31,7 +31,7 @@ def dump(spec: JobSpec) -> str:
             "keep": {"last": spec.checkpoint.keep_last},
         },
         "recovery": _recovery(spec.recovery),
-        "hardware": {"device": spec.device_kind or "auto"},
+        "hardware": {"device": spec.device_kind or "auto", "rackOversubscription": spec.rack_oversubscription},
         "seed": spec.seed,
         "environment": dict(spec.environment),
     }

@@ -61,6 +61,8 @@ def _sentence(item: ErrorDetails) -> str:
             return f"{where} must be {context['expected']}, not {context['found']}"
         case "int_type" | "int_parsing" | "int_from_float":
             return f"{where} must be a whole number, not {value}"
+        case "float_type" | "finite_number":
+            return f"{where} must be a number, not {value}"
         case "string_type":
             return f"{where} must be text, not {value} (put quotes around it if it is meant so)"
         case "bool_type":

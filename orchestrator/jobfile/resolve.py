@@ -68,6 +68,7 @@ def _resolve(job: TrainingJob, base: Path) -> JobSpec:
         zero=stages or AxisBounds(3, 3),
         recovery=_recovery(spec.recovery),
         device_kind=spec.hardware.device,
+        rack_oversubscription=spec.hardware.rack_oversubscription,
         seed=spec.seed,
         environment=_environment(spec.environment),
     )

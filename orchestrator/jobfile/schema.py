@@ -170,9 +170,13 @@ class RecoveryKeys(Keys):
 
 
 class HardwareKeys(Keys):
-    """Device name in the planner's catalogue (`auto`: what the nodes report)."""
+    """Device name in the planner's catalogue (`auto`: what the nodes report), and how much the network narrows.
+
+    `rackOversubscription` 4: all devices of a rack together reach other racks at a quarter of their adapters' speed.
+    """
 
     device: AutoName = None
+    rack_oversubscription: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.0
     peers: Literal["auto"] = "auto"
 
 

@@ -150,8 +150,17 @@ def link(machine: Machine, span: Ints, stride: Ints | int = 1) -> Floats:
     """
     device = machine.device
     members = np.maximum(machine.domain // stride, 1)
-    outside = np.minimum(device.node_bytes_per_s, members * device.network_bytes_per_s)
+    outside = np.minimum(device.node_bytes_per_s, members * network(machine, span))
     return np.where(span <= machine.domain, device.node_bytes_per_s, outside)
+
+
+def network(machine: Machine, span: Ints) -> Any:
+    """Bytes per second and device outside a domain: thinner where so many devices in rank order are of several racks.
+
+    All groups of a plan communicate at once, so that each gets its share of what leaves a rack.
+    """
+    fast = machine.device.network_bytes_per_s
+    return np.where(span > machine.rack, fast / machine.oversubscription, fast) if machine.rack else fast
 
 
 def product_s(machine: Machine, numbers: Numbers, m: Any, n: Any, k: Any, share: Any = 1.0) -> Floats:
@@ -288,7 +297,7 @@ def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, numbers: 
     domains, chosen = 1 / inside, model.experts_per_token
     near, each = np.maximum(plans.ep * inside, 1), np.maximum(chosen * inside, 1)
     distinct = domains * (1 - (1 - inside) ** chosen) / chosen
-    outside = (1 - inside) * distinct / device.network_bytes_per_s
+    outside = (1 - inside) * distinct / network(machine, plans.ep * plans.tp)
     handed = near * (1 - (1 - 1 / near) ** each) / each
     seconds = size * ((1 - 1 / plans.ep) * handed / device.node_bytes_per_s + outside) / ALL_TO_ALL
     seen = 1 - numbers.expert_overlap * (plans.interleave > 1)

@@ -64,6 +64,10 @@ def why(
     """The reason of the plan: what it is, what stood in the way of more, how it compares with the next best."""
     parts = [layout(taken), *choice.relaxed]
     parts.extend(_unlike(taken))
+    machine = taken.pool.machine
+    if spec.model is not None and 0 < machine.rack < taken.mesh.world_size:
+        racks = f"racks of {counted(machine.rack, 'device')}"
+        parts.append(f"the network is {machine.oversubscription:g} times thinner between {racks}")
     idle = taken.pool.devices - taken.mesh.world_size
     tensor = next((tp for tp in legal.tp if tp > 1 and taken.pool.devices % tp), None)
     if taken.mesh.tp == 1 and tensor and "tp" in spec.parallelism and not choice.relaxed:
@@ -101,6 +105,8 @@ def _unchecked(spec: JobSpec, taken: Estimate) -> Iterable[str]:
     if spec.model is None:
         yield "memory and step time not estimated because spec.model is not given"
         return
+    if taken.pool.oversubscription > 1 and not taken.pool.machine.rack:
+        yield "spec.hardware.rackOversubscription does not count because no node says its rack"
     kinds = [(node, find(spec.device_kind or node.kind)) for node in taken.pool.kinds]
     if any(node.memory_bytes == 0 and (kind is None or kind.memory_bytes == 0) for node, kind in kinds):
         yield f"{gib(taken.memory_bytes)} per device, not checked where nodes do not report their memory"

@@ -20,7 +20,7 @@ from orchestrator.planner.space import Rows, Space, candidates, joined, length, 
 
 ALL_AT_ONCE = 20_000
 """Spaces of at most so many plans are weighed whole."""
-CHUNK = 20_000
+CHUNK = 10_000
 """Plans completed at a time."""
 LISTED = 10
 """Other meshes that are ranked beside the best."""
@@ -154,7 +154,19 @@ def fastest(space: Space, judge: Judge, wish: Wish, found: Ranking, at_once: int
     for part in _parts(space.divisions(rows), CHUNK):
         if bound[part.start] > found.limit:
             break
-        found.add(*fitting(wish.among(space.replicas(take(rows, part))), judge))
+        _add(wish.among(space.replicas(take(rows, part))), judge, found)
+
+
+def _add(rows: Rows, judge: Judge, found: Ranking) -> None:
+    """Take in those that fit; of many only few are fast enough, so that memory is looked at last."""
+    step = judge.seconds(candidates(rows))
+    close = step <= found.limit
+    rows, step = take(rows, close), step[close]
+    found.weighed += int(len(close) - len(step))
+    if judge.limit_bytes != inf:
+        fits = judge.memory(candidates(rows)) <= judge.limit_bytes
+        rows, step = take(rows, fits), step[fits]
+    found.add(rows, step)
 
 
 def _possible(space: Space, judge: Judge, shapes: Rows) -> Rows:

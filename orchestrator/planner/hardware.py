@@ -111,6 +111,10 @@ class Machine:
     devices_per_node: int
     domain: int
     """Devices that reach each other at the speed inside: of an NVLink domain, or of a node."""
+    rack: int = 0
+    """Devices of a rack; 0 = the network is as thick everywhere."""
+    oversubscription: float = 1.0
+    """How many times thinner it is between racks."""
 
     @classmethod
     def of(cls, device: Device, devices_per_node: int, network_bytes_per_s: float | None = None) -> Machine:

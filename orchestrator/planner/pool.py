@@ -14,7 +14,7 @@ from orchestrator.core.spec import JobSpec
 from orchestrator.core.types import NodeCapacity
 from orchestrator.planner.hardware import CATALOGUE, GIB, Device, Machine, find
 
-Signature: TypeAlias = "tuple[tuple[tuple[int, int], ...], int, Device, int, tuple[tuple[float, int], ...]]"
+Signature: TypeAlias = "tuple[tuple[tuple[int, int], ...], int, Machine, int, tuple[tuple[float, int], ...]]"
 
 _MOST_POOLS = 6
 _UNKNOWN = replace(CATALOGUE["a100"], name="unknown", memory_bytes=0)
@@ -34,10 +34,14 @@ class Pool:
     """The smallest that is known; 0 when none is."""
     faster: Mapping[str, float] = field(default_factory=dict, repr=False)
     """Nodes that are faster than the slowest -> how many times."""
+    oversubscription: float = 1.0
+    """How many times thinner the network between racks is than inside them."""
     devices_by_speed: tuple[tuple[float, int], ...] = field(init=False, repr=False, compare=False)
     """(speed, devices that have it), the slowest first."""
     _sizes: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     """(devices, number of nodes that have so many)."""
+    _rack: int = field(init=False, repr=False, compare=False)
+    """Devices of a rack; 0 where none is known or the network is as thick everywhere."""
     _aligned: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +51,7 @@ class Pool:
         for node in self.nodes:
             speeds[self.speed_of(node.node)] += node.devices
         object.__setattr__(self, "devices_by_speed", tuple(sorted(speeds.items())))
+        object.__setattr__(self, "_rack", _rack(self.nodes) if self.oversubscription > 1 else 0)
 
     @property
     def devices(self) -> int:
@@ -55,9 +60,9 @@ class Pool:
 
     @property
     def machine(self) -> Machine:
-        """The device and its links; nodes of several sizes count as those of the commonest."""
-        size = max(self._sizes, key=lambda one: (one[1], one[0]))[0] if self._sizes else 1
-        return Machine.of(self.device, size)
+        """The device and its links; nodes and racks of several sizes count as those of the commonest."""
+        machine = Machine.of(self.device, _commonest(self._sizes) if self._sizes else 1)
+        return replace(machine, rack=self._rack, oversubscription=self.oversubscription) if self._rack else machine
 
     def speed_of(self, node: str) -> float:
         """How many times as fast as the slowest, in steps of a twentieth."""
@@ -84,7 +89,7 @@ class Pool:
     @property
     def signature(self) -> Signature:
         """The same for pools on which the same plans are legal and as fast, whichever nodes they are of."""
-        return tuple(sorted(self._sizes)), self.limit, self.device, self.memory_bytes, self.devices_by_speed
+        return tuple(sorted(self._sizes)), self.limit, self.machine, self.memory_bytes, self.devices_by_speed
 
     @property
     def kinds(self) -> list[NodeCapacity]:
@@ -121,6 +126,20 @@ class Pool:
         return self._aligned[span]
 
 
+def _commonest(sizes: tuple[tuple[int, int], ...]) -> int:
+    """Of (size, number of things that have it), the size that most have; the largest of several."""
+    return max(sizes, key=lambda one: (one[1], one[0]))[0]
+
+
+def _rack(nodes: Iterable[NodeCapacity]) -> int:
+    """Devices of a rack; 0 where no node says in which it is."""
+    devices: Counter[str] = Counter()
+    for node in nodes:
+        if node.rack:
+            devices[node.rack] += node.devices
+    return _commonest(tuple(Counter(devices.values()).items())) if devices else 0
+
+
 @lru_cache(maxsize=1 << 16)
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which `node-2` comes before `node-10`."""
@@ -131,10 +150,15 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
 def usable(spec: JobSpec, capacity: Iterable[NodeCapacity]) -> list[NodeCapacity]:
     """Nodes with a device to give, each once, cut to `devices_per_node`; in an order independent of the input's."""
     most = spec.devices_per_node
-    ordered = sorted(capacity, key=lambda node: (natural(node.node), node.devices, node.memory_bytes, node.kind))
+    ordered = sorted(capacity, key=_whatever)
     once = {node.node: node for node in reversed(ordered)}
     cut = [node if most is None or node.devices <= most else replace(node, devices=most) for node in once.values()]
     return sorted((node for node in cut if node.devices > 0), key=lambda node: (-node.devices, natural(node.node)))
+
+
+def _whatever(node: NodeCapacity) -> tuple[object, ...]:
+    """By name, then by whatever tells nodes apart."""
+    return natural(node.node), node.devices, node.memory_bytes, node.kind, node.speed, node.rack
 
 
 def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
@@ -158,7 +182,8 @@ def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
             known = 0 if memory == math.inf else int(memory)
             times = {kind: _times(device, slowest) for kind, device in unlike.items()}
             faster = {node.node: times[_kind(node)] for node, _ in kept if times[_kind(node)] > 1}
-            found.append(Pool(tuple(node for node, _ in kept), spec.max_nodes, slowest, known, faster))
+            members = tuple(node for node, _ in kept)
+            found.append(Pool(members, spec.max_nodes, slowest, known, faster, spec.rack_oversubscription))
     return found
 
 

@@ -32,8 +32,8 @@ SHARDED = 8
 _SPLIT = ("layers_first", "layers_middle", "layers_last")
 _MOST_SIZES = 256
 """Replicas of more samples than this are offered so many sizes of micro-batches, evenly spaced by ratio."""
-_FINE = 32
-"""On nodes of several speeds every size up to this is offered; beyond, one more row is little."""
+_FINE = 64
+"""On nodes of several speeds every size up to this is offered, and beyond it such that one differs little from the next."""
 
 
 def length(rows: Rows) -> int:
@@ -138,7 +138,8 @@ class Space:
         most = ceil(samples * self.pool.speeds[-1])
         found = _sizes(most, wanted)[:, 0]
         if wanted is None:  # a size between two of these may suit the slower ones better
-            found = np.union1d(found, np.arange(1, min(most, _FINE) + 1))[::-1]
+            finer = np.geomspace(_FINE, most, 1 + ceil(_FINE * np.log(most / _FINE))) if most > _FINE else []
+            found = np.unique([*found, *range(1, min(most, _FINE) + 1), *np.round(finer).astype(np.int64)])[::-1]
         return np.stack([found, -(-samples // found)], axis=1)
 
     def splits(self, rows: Rows) -> Rows:

@@ -72,6 +72,7 @@ def jobs(draw: st.DrawFn) -> JobSpec:
         min_nodes=draw(st.integers(1, 2)),
         interleave=AxisBounds(1, draw(st.sampled_from([1, 1, 2]))),
         zero=AxisBounds(draw(st.sampled_from([1, 2, 3])), 3),
+        rack_oversubscription=draw(st.sampled_from([1.0, 4.0])),
         **axes,
     )
 
@@ -81,7 +82,8 @@ def clusters(draw: st.DrawFn) -> list[NodeCapacity]:
     kind = draw(st.sampled_from(["cpu", "h100"]))
     memory = draw(st.sampled_from([0, GIB, 2 * GIB, 4 * GIB, 80 * GIB]))
     size = draw(st.sampled_from([1, 2, 4]))
-    return [NodeCapacity(f"node-{at}", size, memory, kind) for at in range(draw(st.integers(1, 6 // size + 1)))]
+    number, rack = draw(st.integers(1, 6 // size + 1)), draw(st.sampled_from([1, 2]))
+    return [NodeCapacity(f"node-{at}", size, memory, kind, rack=f"rack-{at // rack}") for at in range(number)]
 
 
 def stages(layers: int, pp: int) -> Iterator[tuple[int, int, int]]:

@@ -14,6 +14,7 @@ from websockets.sync.client import connect
 
 from orchestrator import wire
 from orchestrator.cli import main
+from orchestrator.cli.plan import capacity_of
 from orchestrator.core.types import NodeReport
 
 COMMANDS = ["run", "serve", "agent", "submit", "status", "drain", "undrain", "save", "stop", "plan", "simulate"]
@@ -115,6 +116,8 @@ def test_an_unknown_flag_is_named(command: list[str]) -> None:
         (["plan", "job.yaml"], "--nodes"),
         (["plan", "job.yaml", "--nodes", "7x"], "--nodes '7x'"),
         (["plan", "job.yaml", "--nodes", "7x8:tpu"], "'tpu'"),
+        (["plan", "job.yaml", "--nodes", "7x8:h100/"], "for example 7x8:h100 or 7x8:h100/rack-a"),
+        (["plan", "job.yaml", "--nodes", "7x8:h100/rack a"], "for example 7x8:h100 or 7x8:h100/rack-a"),
         (["plan", "job.yaml", "--nodes", "2x1", "--lose", "2"], "leave at least one"),
         (["plan", "job.yaml", "--nodes", "2x1", "--lose", "node-9"], "'node-9'"),
         (["plan", "job.yaml", "--nodes", "1x1"], "1 more node"),
@@ -175,6 +178,16 @@ def test_slow_nodes_are_planned_with_smaller_shares(job: Path, capsys: pytest.Ca
     assert found["assignment"]["nodes"][-1]["node"] == "node-3"
     assert "cannot be read" in failed(capsys, 2, "plan", "job.yaml", "--nodes", "1x8:h100@1.5")
     assert "speed 0" in failed(capsys, 2, "plan", "job.yaml", "--nodes", "1x8:h100@.0")
+
+
+def test_nodes_are_told_their_racks() -> None:
+    found = capacity_of("2x8:h100/rack-a,1x8:h100@0.5/b.2,1x4/c,1")
+    assert [(node.kind, node.devices, node.speed, node.rack) for node in found] == [
+        *2 * [("h100", 8, 1.0, "rack-a")],
+        ("h100", 8, 0.5, "b.2"),
+        ("cpu", 4, 1.0, "c"),
+        ("cpu", 1, 1.0, ""),
+    ]
 
 
 LARGE = """

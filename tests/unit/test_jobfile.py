@@ -103,7 +103,7 @@ def test_the_example_of_the_design(folder: Path) -> None:
     assert spec.recovery.budgets[FailureClass.USER] == Budget(1, 3600.0)
     assert spec.recovery.budgets[FailureClass.HARDWARE] == Budget(7, 1800.0)
     assert spec.recovery.budgets[FailureClass.UNKNOWN] == Budget(10, 3600.0)
-    assert spec.device_kind is None
+    assert (spec.device_kind, spec.rack_oversubscription) == (None, 1.0)
     assert spec.seed == 7
     assert dict(spec.environment) == {"OMP_NUM_THREADS": "2", "NAME": "gpt"}
 
@@ -165,6 +165,7 @@ def test_fixed_values_where_auto_could_stand(folder: Path) -> None:
     assert parse(changed("spec.recovery.waitForReplacement", "1m"), folder).recovery.wait_for_replacement_s == 60.0
     assert parse(changed("spec.recovery.settle", "0s"), folder).recovery.settle_s == 0.0
     assert parse(changed("spec.hardware.device", "h100"), folder).device_kind == "h100"
+    assert parse(changed("spec.hardware.rackOversubscription", 4), folder).rack_oversubscription == 4.0
     assert parse(changed("spec.nodes", {"min": 3}), folder).max_nodes == 3
     assert parse(changed("spec.parallelism", {"tp": 2}), folder).parallelism == {"tp": AxisBounds(2, 2)}
 
@@ -188,6 +189,7 @@ def test_a_working_directory_of_its_own(folder: Path) -> None:
         ),
         ("spec.parallelism.tpp", 2, "unknown key spec.parallelism.tpp: did you mean spec.parallelism.tp?"),
         ("spec.parallelism.tp", {"maximum": 2}, "unknown key spec.parallelism.tp.maximum: did you mean spec.parall"),
+        ("spec.hardware.rackOversubscripton", 4, "did you mean spec.hardware.rackOversubscription?"),
         ("spec.recovery.budgets.hardwear", {}, "did you mean spec.recovery.budgets.hardware?"),
         ("spec.seqLength", 128, "unknown key spec.seqLength: did you mean spec.model.seqLength?"),
         ("spec.nodes.zzz", 1, "unknown key spec.nodes.zzz: valid here: min, max, devices"),
@@ -272,6 +274,10 @@ def test_a_working_directory_of_its_own(folder: Path) -> None:
         # what this version does not do
         ("spec.checkpoint.format", "dcp", "spec.checkpoint.format must be 'native', not 'dcp' (other formats are not"),
         ("spec.checkpoint.replicas", 2, "spec.checkpoint.replicas must be 1, not 2 (copies on other nodes are not"),
+        ("spec.hardware.rackOversubscription", 0.5, "spec.hardware.rackOversubscription must be at least 1.0, not 0.5"),
+        ("spec.hardware.rackOversubscription", 2000, "spec.hardware.rackOversubscription must be at most 1000"),
+        ("spec.hardware.rackOversubscription", "4:1", "spec.hardware.rackOversubscription must be a number, not '4:1'"),
+        ("spec.hardware.rackOversubscription", float("nan"), "rackOversubscription must be a number, not nan"),
         ("spec.hardware.peers", ["a"], "spec.hardware.peers must be 'auto', not a list"),
         ("apiVersion", "v1", "apiVersion must be 'regrow.dev/v1alpha1', not 'v1'"),
         ("kind", "Job", "kind must be 'TrainingJob', not 'Job'"),
@@ -430,6 +436,7 @@ def test_dump_is_the_inverse_of_parse_from_any_folder(folder: Path, tmp_path_fac
         changed("spec.checkpoint", {"uri": "ckpt/a b", "interval": "20 steps"}),
         changed("spec.recovery", {"heartbeat": "333ms", "lostAfter": "1.000001s", "hangAfter": "3d"}),
         changed("spec.model", yaml.safe_load(FULL)["spec"]["model"] | {"tiedEmbeddings": True, "gatedFfn": False}),
+        changed("spec.hardware.rackOversubscription", 1.3),
         changed("spec.environment", {"A": "yes", "B": "1: {x", "C": "", "D": "ü\n"}),
     ):
         spec = parse(job, folder)

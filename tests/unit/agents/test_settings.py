@@ -15,7 +15,15 @@ def test_defaults(tmp_path: Path) -> None:
     settings = parse([*NEEDED, "--runtime-dir", str(tmp_path / "new")], ENVIRONMENT)
     assert (settings.controller, settings.node, settings.token) == ("http://10.0.0.1:80", "node-0", "secret")
     assert (settings.devices, settings.address, settings.parent) == (1, "127.0.0.1", None)
+    assert settings.rack == ""
     assert settings.runtime_dir.is_dir()
+
+
+def test_the_rack_is_told_by_flag_or_environment(tmp_path: Path) -> None:
+    flags, named = [*NEEDED, "--runtime-dir", str(tmp_path)], ENVIRONMENT | {"REGROW_RACK": "rack-1"}
+    assert parse(flags, named).rack == "rack-1"
+    assert parse([*flags, "--rack", "rack-2"], named).rack == "rack-2"
+    assert parse([*flags, "--rack", ""], named).rack == "", "a flag says that it is not known after all"
 
 
 def test_token_file_comes_before_the_environment(tmp_path: Path) -> None:
@@ -41,6 +49,8 @@ def test_runtime_folder_of_its_own() -> None:
         (("--controller", "http://x:1", "--node", "a/b"), ENVIRONMENT, "--node"),
         ((*NEEDED, "--devices", "none"), ENVIRONMENT, "--devices"),
         ((*NEEDED, "--devices", "0"), ENVIRONMENT, "--devices"),
+        ((*NEEDED, "--rack", "a b"), ENVIRONMENT, "--rack"),
+        (NEEDED, ENVIRONMENT | {"REGROW_RACK": "a/b"}, "REGROW_RACK"),
         (NEEDED, {}, "REGROW_TOKEN"),
         (NEEDED, {"REGROW_TOKEN": " "}, "REGROW_TOKEN"),
         (NEEDED, {"REGROW_TOKEN": "a\nb"}, "characters"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestrator.core.commands import MakePlan
 from orchestrator.core.events import HeartbeatsArrived, NodeDisconnected, NodeReported, NodesReported, Tick
 from orchestrator.core.facts import JobAccepted
 from orchestrator.core.history import replay
 from orchestrator.core.job import Job
+from orchestrator.core.summary import summarize
 from orchestrator.core.types import NodeReport
 from tests.unit.core.test_decisions import spec
 
@@ -50,3 +53,10 @@ def test_a_node_that_lost_a_device_offers_fewer() -> None:
     assert {node.devices for node in one.usable()} == {2}
     one.handle(NodeReported(2.0, report("b", 1)))
     assert [node.devices for node in one.usable()] == [2, 1, 2, 2]
+
+
+def test_the_rack_that_a_node_reports_is_offered_and_shown() -> None:
+    one = job()
+    one.handle(NodesReported(1.0, (*map(report, NAMES[:3]), replace(report("d"), rack="rack-7"))))
+    assert [node.rack for node in one.usable()] == ["", "", "", "rack-7"]
+    assert [node.rack for node in summarize(one).nodes] == ["", "", "", "rack-7"]

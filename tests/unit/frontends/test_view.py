@@ -103,3 +103,9 @@ def test_a_running_job_tells_what_would_follow_a_loss() -> None:
         seen.split()
     )
     assert "ready for losses" not in shown(render(status(step=5)))
+
+
+def test_racks_are_shown_where_a_node_says_one() -> None:
+    assert "rack" not in shown(render(status()))
+    text = shown(render(status(nodes=(node("node-1", 0, rack="[b]7"), node("node-2", 1)))))
+    assert "rack" in text and "[b]7" in text

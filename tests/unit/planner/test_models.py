@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -148,6 +148,27 @@ def test_groups_beyond_the_domain_pay_the_network() -> None:
     inside, outside = (time_terms(LLAMA_8B, slow, plans(LLAMA_8B, tp=tp), PLAIN).tensor[0] for tp in (8, 16))
     assert outside / inside == pytest.approx(450 / (8 * 6.25) * (15 / 16) / (7 / 8), rel=0.02)
     assert link(slow, np.array([64]), 1)[0] == 8 * link(slow, np.array([64]), 8)[0] == 8 * 6.25e9
+
+
+def test_groups_beyond_the_rack_pay_the_thinner_network() -> None:
+    racks = replace(H100, rack=32, oversubscription=4.0)
+    spans = np.array([8, 32, 33, 64])
+    assert (link(H100, spans, 8) / link(racks, spans, 8)).tolist() == [1, 1, 4, 4]
+    experts = replace(LLAMA_8B, experts=64, experts_per_token=2, expert_hidden=1024)
+    inside = plans(experts, pp=2, dp_replicate=2, dp_shard=4, ep=2, tp=2)
+    assert time_terms(experts, racks, inside, PLAIN) == time_terms(experts, H100, inside, PLAIN)
+    for across, thinner in (
+        ({"pp": 2, "tp": 32}, {"pipeline"}),
+        ({"pp": 2, "dp_replicate": 2, "dp_shard": 2, "tp": 16}, {"pipeline", "data"}),
+        ({"dp_replicate": 4, "dp_shard": 16}, {"data"}),
+        ({"dp_shard": 8, "tp": 8, "ep": 8}, {"data", "expert"}),
+        ({"cp": 8, "tp": 8}, {"data", "context"}),
+        ({"tp": 64}, {"tensor"}),
+    ):
+        found = plans(experts, **across)
+        near, far = (time_terms(experts, machine, found, PLAIN) for machine in (H100, racks))
+        slower = {one.name for one in fields(near) if getattr(far, one.name)[0] > getattr(near, one.name)[0]}
+        assert slower - {"bubble"} == thinner
 
 
 def test_collectives() -> None:
