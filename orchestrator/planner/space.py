@@ -33,7 +33,7 @@ _SPLIT = ("layers_first", "layers_middle", "layers_last")
 _MOST_SIZES = 256
 """Replicas of more samples than this are offered so many sizes of micro-batches, evenly spaced by ratio."""
 _FINE = 64
-"""On nodes of several speeds every size up to this is offered, and beyond it such that one differs little from the next."""
+"""On nodes of several speeds every size up to this is offered, and beyond it such that neighbours differ little."""
 
 
 def length(rows: Rows) -> int:
