@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.simulation.failures import FailureModel
     from orchestrator.simulation.study import Result, Study
 
-_NODES = "Nodes x devices : kind, all alike, for example 2048x8:h100."
+_NODES = "Nodes x devices : kind, all alike, for example 2048x8:h100; in racks: 16x8:h100/a,16x8:h100/b."
 _FAILURES = "A failure model by name: llama3 (unless another is given), rsc1, rsc2, opt175b, spot, racks or none."
 _TRACE = "A capacity trace instead: a CSV file with t_s and available_nodes (or available_gpus, or nodes_after)."
 _POLICY = "Only this policy: regrow, baseline, wait, spares, equal or interval. Repeatable."

@@ -47,12 +47,13 @@ def settled(candidate: Candidate, settle_s: float, now_s: float) -> bool:
 def choose(candidates: list[Candidate], spec: JobSpec, now_s: float, keep: tuple[str, ...]) -> tuple[NodeCapacity, ...]:
     """The nodes to plan for when nothing runs: those not held back, or all when too few are left otherwise.
 
-    At most `spec.max_nodes`: those of the last assignment (`keep`) first, then by name.
+    At most `spec.max_nodes`: those of the last assignment (`keep`) first, then by name. Where racks matter all are
+    offered: the planner takes as many in few racks.
     """
     settle_s = spec.recovery.settle_s
     steady = [one for one in candidates if not one.losses or now_s - one.joined_s >= hold_s(one, settle_s, now_s)]
     pool = steady if len(steady) >= spec.min_nodes else candidates
-    if len(pool) > spec.max_nodes:
+    if len(pool) > spec.max_nodes and spec.rack_oversubscription == 1:
         kept = frozenset(keep)
         pool = sorted(pool, key=lambda one: (one.node not in kept, one.node))[: spec.max_nodes]
     return tuple(one.offer for one in sorted(pool, key=lambda one: one.node))

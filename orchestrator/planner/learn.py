@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -15,12 +15,20 @@ from orchestrator.planner.pool import pools
 from orchestrator.planner.transformer import split_layers
 
 
-def learn(spec: JobSpec, measured: Iterable[MeasuredPlan], before: Calibration) -> Calibration:
-    """`before` with one measurement more for each of `measured`; nothing is learnt where the model is not described."""
+def learn(
+    spec: JobSpec, measured: Iterable[MeasuredPlan], before: Calibration, racks: Mapping[str, str] | None = None
+) -> Calibration:
+    """`before` with one measurement more for each of `measured`; nothing is learnt where the model is not described.
+
+    `racks` says where nodes are, by name, so that what the network between them costs is not taken for slow devices.
+    """
+    racks = racks or {}
     if spec.model is None:
         return before
     for one in measured:
-        nodes = [NodeCapacity(part.node, part.devices, 0, one.kind) for part in one.assignment]
+        nodes = [
+            NodeCapacity(part.node, part.devices, 0, one.kind, rack=racks.get(part.node, "")) for part in one.assignment
+        ]
         pool = pools(spec, nodes)[0]
         predicted_s = float(judge(spec, pool).seconds(_candidates(one.plan, spec.model.layers))[0])
         tp, micro_batch = one.plan.mesh.tp, one.plan.batch.micro_batch

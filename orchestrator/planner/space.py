@@ -138,8 +138,10 @@ class Space:
         most = ceil(samples * self.pool.speeds[-1])
         found = _sizes(most, wanted)[:, 0]
         if wanted is None:  # a size between two of these may suit the slower ones better
-            finer = np.geomspace(_FINE, most, 1 + ceil(_FINE * np.log(most / _FINE))) if most > _FINE else []
-            found = np.unique([*found, *range(1, min(most, _FINE) + 1), *np.round(finer).astype(np.int64)])[::-1]
+            finer: Iterable[float] = ()
+            if most > _FINE:
+                finer = np.geomspace(_FINE, most, 1 + ceil(_FINE * np.log(most / _FINE)))
+            found = np.unique([*found, *range(1, min(most, _FINE) + 1), *map(round, finer)])[::-1]
         return np.stack([found, -(-samples // found)], axis=1)
 
     def splits(self, rows: Rows) -> Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -53,6 +53,7 @@ class FailureModel:
     racks_per_1000_days: float = 0.0
     """Failures of a rack (switch, power) per 1000 rack-days."""
     rack_nodes: int = 16
+    """Nodes of a rack, where they do not say in which they are."""
     preemptions_per_node_day: float = 0.0
     notice_s: float = 120.0
     maintenance_per_day: float = 0.0
@@ -110,12 +111,19 @@ def preset(name: str) -> FailureModel:
     return PRESETS[name]
 
 
-def draw(model: FailureModel, nodes: int, seconds: float, seed: int) -> tuple[Outage, ...]:
-    """All outages of `nodes` nodes in `seconds`, by time. A node that is away does not fail again before it is back."""
+def draw(
+    model: FailureModel, nodes: int, seconds: float, seed: int, racks: Sequence[tuple[int, ...]] = ()
+) -> tuple[Outage, ...]:
+    """All outages of `nodes` nodes in `seconds`, by time. A node that is away does not fail again before it is back.
+
+    `racks` are the nodes of each; when they are not told, `rack_nodes` in a row are in one.
+    """
+    in_a_row = range(0, nodes, model.rack_nodes)
+    racks = racks or [tuple(range(first, min(nodes, first + model.rack_nodes))) for first in in_a_row]
     found = [
         *_node_failures(model, nodes, seconds, Random(f"{seed} nodes")),
         *_job_failures(model, nodes, seconds, Random(f"{seed} job")),
-        *_rack_failures(model, nodes, seconds, Random(f"{seed} racks")),
+        *_rack_failures(model, racks, seconds, Random(f"{seed} racks")),
         *_announced(model, nodes, seconds, Random(f"{seed} announced")),
     ]
     ordered = sorted(found, key=lambda one: (one.start_s, one.kind, one.nodes))
@@ -161,11 +169,11 @@ def _job_failures(model: FailureModel, nodes: int, seconds: float, random: Rando
         yield Outage(at, at, (random.randrange(nodes),), Kind.PROCESS, silent=random.random() < model.silent)
 
 
-def _rack_failures(model: FailureModel, nodes: int, seconds: float, random: Random) -> Iterator[Outage]:
-    racks = -(-nodes // model.rack_nodes)
-    for at in _times(model.racks_per_1000_days / 1000 / DAY_S * racks, seconds, random):
-        first = random.randrange(racks) * model.rack_nodes
-        members = tuple(range(first, min(nodes, first + model.rack_nodes)))
+def _rack_failures(
+    model: FailureModel, racks: Sequence[tuple[int, ...]], seconds: float, random: Random
+) -> Iterator[Outage]:
+    for at in _times(model.racks_per_1000_days / 1000 / DAY_S * len(racks), seconds, random):
+        members = racks[random.randrange(len(racks))]
         yield Outage(at, at + _repair_s(model, random), members, Kind.RACK)
 
 

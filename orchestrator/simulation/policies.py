@@ -89,6 +89,8 @@ class Planner:
         self, nodes: Sequence[NodeCapacity], previous: Plan | None, assignment: Assignment | None
     ) -> Planned | Infeasible:
         """As `orchestrator.planner.plan`."""
+        if self.spec.rack_oversubscription > 1:  # it matters which nodes are left
+            return self._plan(nodes, previous, assignment)
         key = len(nodes), previous.mesh if previous else None
         found = self._known.get(key)
         if found is None:

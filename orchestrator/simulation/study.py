@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean, pstdev
 from typing import Any
 
@@ -26,7 +26,7 @@ class Study:
 
     job: JobSpec
     nodes: tuple[NodeCapacity, ...]
-    """All alike."""
+    """All alike but for their racks."""
     policies: tuple[Policy, ...]
     days: float
     seeds: tuple[int, ...] = (1,)
@@ -49,7 +49,21 @@ class Study:
         """What happens under this seed, whatever the policy."""
         if self.failures is None:
             return outages(list(self.trace), len(self.nodes), self.seconds, seed)
-        return draw(self.failures, len(self.nodes), self.seconds, seed)
+        racks: dict[str, list[int]] = {}
+        for number, node in enumerate(self.placed):
+            racks.setdefault(node.rack, []).append(number)
+        return draw(self.failures, len(self.nodes), self.seconds, seed, [tuple(rack) for rack in racks.values()])
+
+    @property
+    def placed(self) -> tuple[NodeCapacity, ...]:
+        """The nodes in racks: those that do not say are in one with their neighbours, as the failure model has it."""
+        if self.failures is None:
+            return self.nodes
+        size = self.failures.rack_nodes
+        return tuple(
+            node if node.rack else replace(node, rack=f"rack-{number // size}")
+            for number, node in enumerate(self.nodes)
+        )
 
     def check(self) -> None:
         """Raises `InvalidInput` for what cannot be simulated."""
@@ -61,7 +75,7 @@ class Study:
             raise InvalidInput("speeds are estimated from the model: give spec.model in the job file")
         for policy in self.policies:
             spec = policy.spec(self.job, len(self.nodes))
-            found = plan(spec, self.nodes[: spec.max_nodes])
+            found = plan(spec, self.placed[: spec.max_nodes])
             if isinstance(found, Infeasible):
                 raise InvalidInput(f"the job has no plan on these nodes: {found.reason}")
 
@@ -83,7 +97,7 @@ class Result:
 
 def simulate(study: Study, policy: Policy, seed: int) -> Result:
     """Live through it once."""
-    world = World(study.job, study.nodes, study.outages(seed), policy, study.timing, study.seconds)
+    world = World(study.job, study.placed, study.outages(seed), policy, study.timing, study.seconds)
     account: Account = world.run()
     return Result(
         policy.name, seed, account.shares(), account.goodput, account.ettr, account.interruptions, account.changes,

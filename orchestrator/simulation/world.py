@@ -63,7 +63,14 @@ class _Node:
         """Its heartbeat."""
         one = self.capacity
         return NodeReport(
-            one.node, f"{one.node}#{self.starts}", "", one.devices, one.kind, one.memory_bytes, launch=launch
+            one.node,
+            f"{one.node}#{self.starts}",
+            "",
+            one.devices,
+            one.kind,
+            one.memory_bytes,
+            launch=launch,
+            rack=one.rack,
         )
 
 

@@ -65,6 +65,13 @@ def test_a_rack_goes_as_one_and_nobody_fails_while_away() -> None:
         back |= dict.fromkeys(one.nodes, one.end_s)
 
 
+def test_racks_that_are_told_go_as_one() -> None:
+    model = FailureModel(racks_per_1000_days=100, repair_s=600, repair_least_s=1)
+    told = [(0, 3), (1, 2, 4)]
+    assert {one.nodes for one in draw(model, 5, SECONDS, 1, told)} == set(told)
+    assert draw(model, 32, SECONDS, 1) == draw(model, 32, SECONDS, 1, [tuple(range(16)), tuple(range(16, 32))])
+
+
 def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     assert draw(PRESETS["rsc1"], 100, SECONDS, 5) == draw(PRESETS["rsc1"], 100, SECONDS, 5)
     assert draw(PRESETS["rsc1"], 100, SECONDS, 5) != draw(PRESETS["rsc1"], 100, SECONDS, 6)

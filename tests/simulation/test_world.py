@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from orchestrator.core.status import Phase
 from orchestrator.simulation import study as studies
-from orchestrator.simulation.failures import Kind, Outage
+from orchestrator.simulation.failures import FailureModel, Kind, Outage
+from orchestrator.simulation.policies import POLICIES
 from orchestrator.simulation.timing import Timing
+from orchestrator.simulation.world import World
 from tests.simulation.studies import DAY_S, SPEC, study, world
 
 HOUR_S = 3600.0
@@ -139,3 +143,36 @@ def test_the_published_run() -> None:
     regrow, baseline = studies.run(wanted, workers=2)
     assert baseline.ettr == pytest.approx(0.90, abs=0.03)
     assert regrow.goodput > baseline.goodput and regrow.ettr > baseline.ettr
+
+
+def test_nodes_lie_in_the_racks_that_fail_and_the_planner_sees_them() -> None:
+    model = FailureModel("tests", racks_per_1000_days=100, rack_nodes=4)
+    lying = study(failures=model)
+    assert [node.rack for node in lying.placed] == [f"rack-{number // 4}" for number in range(16)]
+    assert {one.nodes for one in lying.outages(1)} <= {tuple(range(at, at + 4)) for at in range(0, 16, 4)}
+    told = replace(lying, nodes=tuple(replace(node, rack="ab"[at % 2]) for at, node in enumerate(lying.nodes)))
+    assert {one.nodes for one in told.outages(1)} == {tuple(range(0, 16, 2)), tuple(range(1, 16, 2))}
+    assert study(failures=None, trace=((0.0, 16),)).placed == lying.nodes
+
+
+def test_where_racks_matter_a_life_is_planned_on_the_nodes_that_are_left() -> None:
+    lost = [Outage(6 * HOUR_S, 99 * HOUR_S, (one,), Kind.NODE) for one in range(2, 12)]
+    nodes = study(failures=FailureModel(rack_nodes=8)).placed
+    lives = {}
+    for thinner in (1.0, 32.0):
+        spec = replace(SPEC, rack_oversubscription=thinner)
+        one = World(spec, nodes, lost, POLICIES["regrow"], Timing(), DAY_S)
+        one.run()
+        lives[thinner] = one.job.history.generation
+    rack = {node.node: node.rack for node in nodes}
+    for thinner, last in lives.items():
+        assert last is not None and len(last.assignment.nodes) == 6, thinner
+        left = last.assignment.names
+        assert [rack[name] for name in left] == ["rack-0"] * 2 + ["rack-1"] * 4, thinner
+        assert not {f"node-{one}" for one in range(2, 12)} & set(left), thinner
+
+
+def test_racks_that_do_not_matter_change_no_life() -> None:
+    told = study(days=4.0, policies=(POLICIES["regrow"],))
+    plain = World(told.job, told.nodes, told.outages(1), POLICIES["regrow"], told.timing, told.seconds)
+    assert studies.simulate(told, POLICIES["regrow"], 1).shares == plain.run().shares()
