@@ -35,10 +35,13 @@ class Policy:
         """Nodes that are spares."""
         return round(self.spares * nodes) if self.spares * nodes >= 1 or not self.spares else 1
 
-    def spec(self, job: JobSpec, nodes: int) -> JobSpec:
-        """The job as this policy runs it."""
-        used = nodes - self.held_back(nodes)
-        least = job.min_nodes if self.shrink else used
+    def spec(self, job: JobSpec, nodes: Sequence[NodeCapacity]) -> JobSpec:
+        """The job as this policy runs it; one that never shrinks, on as many nodes as its best plan takes."""
+        used = len(nodes) - self.held_back(len(nodes))
+        least = job.min_nodes
+        if not self.shrink:
+            best = plan(replace(job, min_nodes=min(least, used), max_nodes=used), nodes[:used])
+            least = used = len(best.assignment.names) if isinstance(best, Planned) else used
         patience_s = None if self.shrink else FOREVER_S
         checkpoint = replace(job.checkpoint, every_s=None, every_steps=None, auto=job.checkpoint.auto or AutoInterval())
         if self.fixed_interval:

@@ -74,7 +74,7 @@ class Study:
         if self.job.model is None:
             raise InvalidInput("speeds are estimated from the model: give spec.model in the job file")
         for policy in self.policies:
-            spec = policy.spec(self.job, len(self.nodes))
+            spec = policy.spec(self.job, self.placed)
             found = plan(spec, self.placed[: spec.max_nodes])
             if isinstance(found, Infeasible):
                 raise InvalidInput(f"the job has no plan on these nodes: {found.reason}")

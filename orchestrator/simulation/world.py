@@ -95,7 +95,7 @@ class World:
         timing: Timing,
         seconds: float,
     ) -> None:
-        self.spec = policy.spec(job, len(nodes))
+        self.spec = policy.spec(job, nodes)
         self.account = Account()
         self.job = Job(replay([JobAccepted(0.0, self.spec, 0)]), 0.0)
         self._timing, self._seconds = timing, seconds
