@@ -43,6 +43,7 @@ class Agent:
             launch=self._supervisor.report(),
             probes=self._host.read(),
             rack=self._settings.rack,
+            speed=self._settings.speed,
         )
 
     async def run(self) -> None:

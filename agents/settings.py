@@ -20,6 +20,8 @@ TOKEN_VARIABLE = "REGROW_TOKEN"  # noqa: S105  # the name of a variable
 """Environment variable with the token; training scripts do not get to see it."""
 RACK_VARIABLE = "REGROW_RACK"
 """Environment variable with the rack, where no flag says it."""
+SPEED_VARIABLE = "REGROW_SPEED"
+"""Environment variable with the speed, where no flag says it."""
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}"
 
 
@@ -37,6 +39,8 @@ class Settings:
     parent: int | None
     rack: str
     """Empty = not known."""
+    speed: float
+    """Of its devices, relative to what their kind usually does."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +68,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:
         preload=options.preload or None,
         parent=options.parent,
         rack=_rack(options.rack, environment),
+        speed=_speed(options.speed, environment),
     )
 
 
@@ -79,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", default="auto", metavar="N", help="devices to offer; auto = one CPU slot")
     parser.add_argument(
         "--rack", metavar="NAME", help=f"rack that the node stands in, instead of {RACK_VARIABLE}; not known"
+    )
+    parser.add_argument(
+        "--speed",
+        metavar="S",
+        help=f"0.7 for a node throttled to that, instead of {SPEED_VARIABLE}; 1",
     )
     parser.add_argument("--address", default="127.0.0.1", help="address at which other nodes reach this one")
     parser.add_argument(
@@ -106,6 +116,16 @@ def _rack(given: str | None, environment: Mapping[str, str]) -> str:
         source = RACK_VARIABLE if given is None else "--rack"
         raise InvalidInput(f"{source} must be a name of letters, digits, '.', '_' and '-', not {rack!r}")
     return rack
+
+
+def _speed(given: str | None, environment: Mapping[str, str]) -> float:
+    text = environment.get(SPEED_VARIABLE, "").strip() if given is None else given
+    if not text:
+        return 1.0
+    if not re.fullmatch(r"(0?\.[0-9]+|1(\.0*)?)", text) or not float(text):
+        source = SPEED_VARIABLE if given is None else "--speed"
+        raise InvalidInput(f"{source} must be a number above 0 and up to 1, such as 0.7, not {text!r}")
+    return float(text)
 
 
 def _token(path: Path | None, environment: Mapping[str, str]) -> str:

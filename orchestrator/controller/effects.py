@@ -98,8 +98,8 @@ class Effects:
 
     def _plan(self, command: MakePlan) -> Event:
         try:
-            racks = {node.node: node.rack for node in command.nodes}
-            self._keep(learn(self.spec, command.measured, self.known, racks))
+            where = {node.node: node for node in command.nodes}
+            self._keep(learn(self.spec, command.measured, self.known, where))
             planned = plan(self.spec, command.nodes, command.previous, command.assignment, self.known, self.ready)
         except Exception as error:  # a planner bug must leave the job WAITING with a reason, not end the controller
             return PlanImpossible(self.clock(), command.request, f"the planner failed: {error!r}")

@@ -63,4 +63,4 @@ def offer(report: NodeReport, spec: JobSpec) -> NodeCapacity:
     """What the planner is told of a node: at most `spec.devices_per_node` of its devices."""
     wanted = report.devices if spec.devices_per_node is None else min(report.devices, spec.devices_per_node)
     kind = spec.device_kind or report.device_kind
-    return NodeCapacity(report.node, wanted, report.device_memory_bytes, kind, rack=report.rack)
+    return NodeCapacity(report.node, wanted, report.device_memory_bytes, kind, report.speed, report.rack)

@@ -119,7 +119,8 @@ class Fleet:
 
 
 def _device(report: NodeReport) -> tuple[object, ...]:
-    return report.instance, report.devices, report.device_memory_bytes, report.device_kind, report.warm, report.rack
+    offered = report.devices, report.device_memory_bytes, report.device_kind, report.rack, report.speed
+    return report.instance, report.warm, *offered
 
 
 def workers(launches: list[tuple[Node, LaunchReport | None]]) -> list[tuple[Node, WorkerReport]]:

@@ -313,6 +313,8 @@ class NodeReport:
     probes: Probes = field(default_factory=Probes)
     rack: str = ""
     """Where it stands; empty = not known."""
+    speed: float = 1.0
+    """Of its devices, relative to what their kind usually does."""
 
 
 # ---------------------------------------------------------------- what a node is told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,18 +17,22 @@ from orchestrator.planner.transformer import split_layers
 
 
 def learn(
-    spec: JobSpec, measured: Iterable[MeasuredPlan], before: Calibration, racks: Mapping[str, str] | None = None
+    spec: JobSpec,
+    measured: Iterable[MeasuredPlan],
+    before: Calibration,
+    where: Mapping[str, NodeCapacity] | None = None,
 ) -> Calibration:
     """`before` with one measurement more for each of `measured`; nothing is learnt where the model is not described.
 
-    `racks` says where nodes are, by name, so that what the network between them costs is not taken for slow devices.
+    `where` says what nodes are, by name, so that a thin network or a throttled node is not taken for slow devices.
     """
-    racks = racks or {}
+    where = where or {}
     if spec.model is None:
         return before
     for one in measured:
+        plain = [NodeCapacity(part.node, part.devices, 0, one.kind) for part in one.assignment]
         nodes = [
-            NodeCapacity(part.node, part.devices, 0, one.kind, rack=racks.get(part.node, "")) for part in one.assignment
+            replace(node, rack=now.rack, speed=now.speed) for node in plain for now in [where.get(node.node, node)]
         ]
         pool = pools(spec, nodes)[0]
         predicted_s = float(judge(spec, pool).seconds(_candidates(one.plan, spec.model.layers))[0])

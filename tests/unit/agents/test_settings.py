@@ -26,6 +26,13 @@ def test_the_rack_is_told_by_flag_or_environment(tmp_path: Path) -> None:
     assert parse([*flags, "--rack", ""], named).rack == "", "a flag says that it is not known after all"
 
 
+def test_the_speed_is_told_by_flag_or_environment(tmp_path: Path) -> None:
+    flags, throttled = [*NEEDED, "--runtime-dir", str(tmp_path)], ENVIRONMENT | {"REGROW_SPEED": "0.7"}
+    assert parse(flags, ENVIRONMENT).speed == 1.0
+    assert parse(flags, throttled).speed == 0.7
+    assert parse([*flags, "--speed", "1"], throttled).speed == 1.0
+
+
 def test_token_file_comes_before_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("other\n")
@@ -50,6 +57,9 @@ def test_runtime_folder_of_its_own() -> None:
         ((*NEEDED, "--devices", "none"), ENVIRONMENT, "--devices"),
         ((*NEEDED, "--devices", "0"), ENVIRONMENT, "--devices"),
         ((*NEEDED, "--rack", "a b"), ENVIRONMENT, "--rack"),
+        ((*NEEDED, "--speed", "1.2"), ENVIRONMENT, "--speed must be a number above 0 and up to 1"),
+        ((*NEEDED, "--speed", "0.0"), ENVIRONMENT, "--speed"),
+        (NEEDED, ENVIRONMENT | {"REGROW_SPEED": "fast"}, "REGROW_SPEED"),
         (NEEDED, ENVIRONMENT | {"REGROW_RACK": "a/b"}, "REGROW_RACK"),
         (NEEDED, {}, "REGROW_TOKEN"),
         (NEEDED, {"REGROW_TOKEN": " "}, "REGROW_TOKEN"),

@@ -37,6 +37,7 @@ def test_a_journal_from_before_racks_is_read() -> None:
 
 def test_the_planner_and_the_status_are_told() -> None:
     assert offer(REPORT, SPEC).rack == "r07"
+    assert offer(replace(REPORT, speed=0.7), SPEC).speed == 0.7
     job = Job(replay([JobAccepted(0.0, SPEC, 0)]), 0.0)
     job.handle(NodesReported(1.0, (REPORT, replace(REPORT, node="node-2", rack=""))))
     assert [(node.node, node.rack) for node in summarize(job).nodes] == [("node-1", "r07"), ("node-2", "")]

@@ -59,3 +59,15 @@ def test_a_calibration_is_the_same_after_being_written_and_read() -> None:
     for wrong in (None, {}, {"calibration": 2, "factors": []}, {"calibration": 1, "factors": [["h100", 1, 1, 0, 0]]}):
         with pytest.raises(InvalidInput, match="not a calibration"):
             Calibration.from_data(wrong)
+
+
+def test_a_throttled_node_is_not_taken_for_a_slow_kind() -> None:
+    capacity = [replace(NODES[0], speed=0.5), *NODES[1:]]
+    spec = job(LLAMA_8B, global_batch=64, micro_batch=1, min_nodes=4, pp=1, tp=8)  # nothing to share: it slows down all
+    found = plan(spec, capacity)
+    assert isinstance(found, Planned) and len(found.assignment.names) == 4
+    where = {node.node: node for node in capacity}
+    tp, size = found.plan.mesh.tp, found.plan.batch.micro_batch
+    told = learn(spec, [measured(found, 1.0)], Calibration(), where)
+    assert told.factor("h100", tp, size) == pytest.approx(1.0, rel=0.05)
+    assert learn(spec, [measured(found, 1.0)], Calibration()).factor("h100", tp, size) > 1.5
