@@ -150,17 +150,22 @@ def link(machine: Machine, span: Ints, stride: Ints | int = 1) -> Floats:
     """
     device = machine.device
     members = np.maximum(machine.domain // stride, 1)
-    outside = np.minimum(device.node_bytes_per_s, members * network(machine, span))
+    outside = np.minimum(device.node_bytes_per_s, members * device.network_bytes_per_s)
+    outside = np.minimum(outside, rack_link(machine, span, stride))
     return np.where(span <= machine.domain, device.node_bytes_per_s, outside)
 
 
-def network(machine: Machine, span: Ints) -> Any:
-    """Bytes per second and device outside a domain: thinner where so many devices in rank order are of several racks.
+def rack_link(machine: Machine, span: Ints, stride: Ints | int) -> Floats | float:
+    """Bytes per second and device of such a group on its way from rack to rack; infinite where it lies in one.
 
-    All groups of a plan communicate at once, so that each gets its share of what leaves a rack.
+    All groups of the rack share what may leave it. Ranks lie rack by rack, so that of a group's members in a rack only
+    the last one sends to the next rack: a ring of few groups is not slowed, a group of one member in each rack is most.
     """
-    fast = machine.device.network_bytes_per_s
-    return np.where(span > machine.rack, fast / machine.oversubscription, fast) if machine.rack else fast
+    if not machine.rack:
+        return np.inf
+    members = np.maximum(machine.rack / stride, 1.0)
+    between = members * machine.device.network_bytes_per_s / machine.oversubscription
+    return np.where(span <= machine.rack, np.inf, between)
 
 
 def product_s(machine: Machine, numbers: Numbers, m: Any, n: Any, k: Any, share: Any = 1.0) -> Floats:
@@ -297,11 +302,19 @@ def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, numbers: 
     domains, chosen = 1 / inside, model.experts_per_token
     near, each = np.maximum(plans.ep * inside, 1), np.maximum(chosen * inside, 1)
     distinct = domains * (1 - (1 - inside) ** chosen) / chosen
-    outside = (1 - inside) * distinct / network(machine, plans.ep * plans.tp)
+    away = np.maximum(1 - inside, machine.oversubscription * _other_racks(machine, plans))
+    outside = away * distinct / device.network_bytes_per_s
     handed = near * (1 - (1 - 1 / near) ** each) / each
     seconds = size * ((1 - 1 / plans.ep) * handed / device.node_bytes_per_s + outside) / ALL_TO_ALL
     seen = 1 - numbers.expert_overlap * (plans.interleave > 1)
     return with_experts * 2 * np.where(plans.ep == 1, 0.0, seen * seconds + 2 * device.latency_s)
+
+
+def _other_racks(machine: Machine, plans: Candidates) -> Floats | float:
+    """Share of the experts of a token that are in other racks."""
+    if not machine.rack:
+        return 0.0
+    return 1 - np.minimum(plans.ep, np.maximum(machine.rack / plans.tp, 1.0)) / plans.ep
 
 
 def time_terms(
@@ -407,7 +420,9 @@ def _logits_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Nu
 def _send_s(model: ModelSpec, machine: Machine, plans: Candidates) -> Floats:
     """Activations to the next stage and gradients back, per micro-batch."""
     size = plans.micro_batch * (model.seq_length / plans.cp) * model.hidden * machine.device.number_bytes / plans.tp
-    apart = link(machine, plans.devices // np.maximum(plans.pp, 1) * 2, machine.domain)
+    stage = plans.devices // np.maximum(plans.pp, 1)
+    # Some two stages lie in different racks where not all of them fit into one.
+    apart = np.minimum(link(machine, stage * 2, machine.domain), rack_link(machine, plans.devices, stage))
     once = size / (LINK * apart) + machine.device.latency_s
     seen = np.where(plans.interleave > 1, INTERLEAVED, 1.0)
     return np.where(plans.pp > 1, 2 * plans.interleave * once, 0.0) * seen

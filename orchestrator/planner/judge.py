@@ -94,8 +94,9 @@ class Described:
         return time_terms(self.model, self.machine, plans, self.numbers, self.calibration).total
 
     def at_least(self, plans: Candidates, replicas: tuple[Ints, Ints], known: bool = True) -> Floats:
-        """See `Judge`."""
-        terms = time_terms(self.model, self.machine, plans, self.numbers, self.calibration)
+        """See `Judge`. Stages of the fewest replicas are the smallest, and send least far."""
+        few = replace(plans, dp_shard=plans.dp_shard * replicas[0])
+        terms = time_terms(self.model, self.machine, few, self.numbers, self.calibration)
         return np.asarray(terms.total - terms.data - terms.optimizer)
 
     def least_memory(self, plans: Candidates) -> Floats:
