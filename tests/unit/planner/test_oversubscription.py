@@ -185,8 +185,8 @@ def test_what_the_network_costs_is_not_learnt_as_slow_devices() -> None:
     found = planned(spec, capacity)
     measured = [MeasuredPlan(found.plan, found.assignment, "h100", found.plan.step_s)]
     size = found.plan.mesh.tp, found.plan.batch.micro_batch
-    racks = {node.node: node.rack for node in capacity}
-    assert learn(spec, measured, Calibration(), racks).factor("h100", *size) == pytest.approx(1)
+    where = {node.node: node for node in capacity}
+    assert learn(spec, measured, Calibration(), where).factor("h100", *size) == pytest.approx(1)
     assert learn(spec, measured, Calibration()).factor("h100", *size) > 1.05
 
 
