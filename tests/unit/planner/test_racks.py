@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.spec import JobSpec
-from orchestrator.core.types import Assignment, Mesh, NodeCapacity
+from orchestrator.core.types import AssignedNode, Assignment, Mesh, NodeCapacity
 from orchestrator.planner import Planned, Ready, ladder, plan
 from orchestrator.planner.assign import assign
 from orchestrator.planner.hardware import CATALOGUE
@@ -35,6 +35,10 @@ def used(pool: Pool, count: int, previous: Assignment | None = None, min_nodes: 
 def without(pool: Pool, *numbers: int) -> Pool:
     gone = {f"node-{number}" for number in numbers}
     return replace(pool, nodes=tuple(node for node in pool.nodes if node.node not in gone))
+
+
+def assignment(*numbers: int) -> Assignment:
+    return Assignment(tuple(AssignedNode(f"node-{number}", 2 * at, 2) for at, number in enumerate(numbers)))
 
 
 def before(pool: Pool, count: int) -> Assignment:
@@ -95,6 +99,8 @@ def test_survivors_stay_where_no_rack_is_saved() -> None:
     assert used(racks, 6, six) == [1, 2, 3, 4, 5, 6]
     assert used(racks, 12, six) == list(range(1, 13))
     assert used(without(racks, 1, 2, 3), 5, six) == [4, 5, 6, 7, 8]
+    assert used(pool("aaaabbbb"), 6, assignment(1, 2, 3, 5, 6, 7)) == [1, 2, 3, 5, 6, 7], "not 4 instead of one of them"
+    assert used(pool("aabbbb"), 2, assignment(2, 3, 4)) == [3, 4], "more of them are in b"
     assert used(pool("aaabbbccc"), 3, before(pool("aaabbb---"), 5)) == [1, 2, 3]
     assert used(without(pool("aaabbbccc"), 1, 2), 3, before(pool("aaabbb---"), 5)) == [4, 5, 6]
 
@@ -113,6 +119,20 @@ def test_nodes_of_other_sizes_and_speeds_keep_their_places() -> None:
     assert assign(sizes, Mesh(dp_shard=6), 1, None).names == ("node-1", "node-2")
     own = replace(sizes, nodes=(*sizes.nodes[:2], replace(sizes.nodes[2], rack="b")))
     assert assign(own, Mesh(dp_shard=6), 1, None).names == ("node-1", "node-3"), "its rack is in use anyway"
+    more = pool("bacccbbb")
+    more = replace(more, nodes=(replace(more.nodes[0], devices=4), *more.nodes[1:]))
+    found = assign(more, Mesh(dp_shard=14), 1, None)
+    assert found.names == ("node-1", "node-6", "node-7", "node-8", "node-3", "node-4"), "the rest fits into c alone"
+    small = replace(sizes, nodes=sizes.nodes[:2], faster={"node-2": 1.5})
+    found = assign(small, Mesh(dp_shard=5), 1, None)
+    assert [(part.node, part.devices) for part in found] == [("node-2", 1), ("node-1", 4)], (
+        "large ones are filled first"
+    )
+
+
+def test_a_node_that_is_named_twice_counts_once_whatever_comes_first() -> None:
+    twice = [NodeCapacity("node-1", 1, rack="a"), NodeCapacity("node-1", 1, rack="b")]
+    assert usable(job(), twice) == usable(job(), twice[::-1]) == twice[:1]
 
 
 # ---------------------------------------------------------------- plans
