@@ -146,7 +146,7 @@ def _torchrun(module: str, world: int, options: tuple[str, ...], log: Path) -> s
         "--nproc-per-node",
         str(world),
     )
-    for _ in range(2):  # one in some forty launches was seen to abort in DeepSpeed's own code, on a busy machine
+    for _ in range(4):  # one in some forty launches was seen to abort in DeepSpeed's own code, on a busy machine
         with log.open("w") as handle:
             done = subprocess.run(
                 (*command, "--module", f"tests.peers.{module}", *options),

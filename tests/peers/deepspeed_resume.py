@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import deepspeed
@@ -82,7 +83,8 @@ def main() -> None:
         losses.append(float(mean) / world)
     if rank == 0:
         print("LOSSES", json.dumps(losses), flush=True)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # at a proper end one in forty processes aborts in DeepSpeed's own code: a thread that nobody joins
 
 
 if __name__ == "__main__":
