@@ -84,6 +84,8 @@ def why(
 
 def _unlike(taken: Estimate) -> list[str]:
     """What devices of several speeds get."""
+    if taken.way != SHARES and taken.mesh.pp == 1:
+        return [f"nodes of {len(taken.pool.speeds)} speeds get equal shares, which take fewer micro-batches"]
     if taken.way != SHARES:
         first = taken.way == SLOW_FIRST
         own, others = (taken.stage_layers[0], taken.stage_layers[1:]) if first else (

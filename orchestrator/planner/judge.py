@@ -21,10 +21,9 @@ from orchestrator.planner.pool import Pool
 from orchestrator.planner.transformer import model_flops
 
 SHARES, SLOW_LAST, SLOW_FIRST = range(3)
-"""What devices of several speeds get: unequal shares of the batch, or smaller stages for the slow, which come last or
-first."""
-COMPUTING = ("compute", "recompute", "bubble")
-"""Terms of time that a faster device makes shorter."""
+"""What devices of several speeds get: unequal shares of the batch, or equal ones and stages of their own for the slow,
+which come last or first."""
+_ROUND = 1e-9
 
 
 class Judge(Protocol):
@@ -176,8 +175,10 @@ class Mixed:
         return self.alike.where_memory(self._fullest(plans))
 
     def way(self, plans: Candidates) -> Ints:
-        """See `Judge`."""
-        return np.asarray(np.stack([_total(one) for one in self._ways(plans)]).argmin(axis=0))
+        """See `Judge`; shares where nothing is faster."""
+        took = np.stack([_total(one) for one in self._ways(plans)])
+        took[SHARES] *= 1 - _ROUND
+        return np.asarray(took.argmin(axis=0))
 
     def utilisation(self, tokens_per_s: float, devices: int) -> float:
         """See `Judge`; of the fastest devices, those which a plan takes."""
@@ -186,12 +187,11 @@ class Mixed:
     def _ways(self, plans: Candidates) -> list[Mapping[str, Floats]]:
         """Seconds by `Judge.way`."""
         found = shares.of_plans(self.pool, self.batch, plans)
-        shared = self.alike.where_seconds(replace(plans, micro_batches=found.micro_batches))
-        shared = {name: term * found.relative if name in COMPUTING else term for name, term in shared.items()}
-        if not (plans.pp > 1).any():
-            return [shared]
-        orders = [shares.stages_of(self.pool, plans, slow_first) for slow_first in (False, True)]
-        return [shared, *(self.alike.where_seconds(plans, speeds) for speeds in orders)]
+        speeds = Speeds(found.speed, found.speed, found.speed)
+        shared = self.alike.where_seconds(replace(plans, micro_batches=found.micro_batches), speeds)
+        orders = (False, True) if (plans.pp > 1).any() else (False,)
+        staged = [shares.stages_of(self.pool, plans, slow_first) for slow_first in orders]
+        return [shared, *(self.alike.where_seconds(plans, speeds) for speeds in staged)]
 
     def _fullest(self, plans: Candidates) -> Candidates:
         """With as many micro-batches as the shares take, or the plan has."""

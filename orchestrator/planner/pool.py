@@ -17,6 +17,8 @@ from orchestrator.planner.hardware import CATALOGUE, GIB, Device, Machine, find
 Signature: TypeAlias = "tuple[tuple[tuple[int, int], ...], int, Machine, int, tuple[tuple[float, int], ...]]"
 
 _MOST_POOLS = 6
+_RATES = ("flops_per_s", "fp8_flops_per_s", "fp4_flops_per_s", "exponentials_per_s", "memory_bytes_per_s")
+"""What is slower on a slow node: all that computing is divided by, so that it can be scaled by one speed."""
 _UNKNOWN = replace(CATALOGUE["a100"], name="unknown", memory_bytes=0)
 """What a device outside the catalogue is taken for: some GPU. It ranks meshes; its seconds mean little."""
 
@@ -204,7 +206,7 @@ def _throttled(device: Device, speed: float) -> Device:
 
 @lru_cache(maxsize=1 << 10)
 def _slowed(device: Device, speed: float) -> Device:
-    rates = {name: getattr(device, name) * speed for name in ("flops_per_s", "fp8_flops_per_s", "memory_bytes_per_s")}
+    rates = {name: getattr(device, name) * speed for name in _RATES}
     return replace(device, **rates)
 
 

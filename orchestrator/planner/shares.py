@@ -7,7 +7,8 @@ With rows per micro-batch r_i, speeds v_i and k micro-batches the step takes k m
 least the batch. The fastest have m rows, and m is searched as ever; some replica has r_i = v_i t, so that t is one
 number for each speed, and all rows and k follow from t. Where memory leaves room for one row there is nothing to share.
 
-A smaller stage: equal shares, and fewer layers for the stage of the slow devices, which come last or first.
+A smaller stage: equal shares, and fewer layers for the stage of the slow devices, which come last or first. Equal
+shares count without a pipeline, too: where rows are few they may take fewer micro-batches.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Shares:
     """Rows per micro-batch, by speed (slowest first) and plan."""
     micro_batches: Ints
     """By plan."""
-    relative: Floats
-    """Time of a micro-batch by plan, relative to its largest number of rows at the slowest speed; at most 1."""
+    speed: Floats
+    """By plan, of replicas that all take as long for the largest number of rows as the longest does for its own."""
 
 
 def divide(batch: Ints | int, replicas: Ints, speeds: Sequence[float], most: Ints, multiple: Ints | int = 1) -> Shares:
@@ -59,7 +60,7 @@ def divide(batch: Ints | int, replicas: Ints, speeds: Sequence[float], most: Int
         better = (took < best * (1 - _ROUND)) & within
         best = np.where(better, took, best)
         rows, number = np.where(better, tried, rows), np.where(better, passes, number)
-    return Shares(rows, number, best * speeds[0] / np.maximum(number * most, 1))
+    return Shares(rows, number, number * most / best)
 
 
 def of_plans(pool: Pool, batch: int, plans: Candidates) -> Shares:

@@ -272,3 +272,29 @@ def test_plans_fit_and_give_every_device_at_most_one_rank(spec: JobSpec, capacit
     assert (model.experts or 1) % mesh.ep == 0
     if capacity[0].kind != "cpu" and axis_bounds(spec, "tp").min == 1:
         assert all(part.first_rank % mesh.tp == part.devices % mesh.tp == 0 for part in answer.assignment)
+
+
+@settings(deadline=None, max_examples=300)
+@given(unlike())
+def test_plans_on_nodes_of_several_speeds_keep_every_promise(given_: tuple[JobSpec, list[NodeCapacity]]) -> None:
+    spec, capacity = given_
+    answer = plan(spec, capacity)
+    if isinstance(answer, Infeasible):
+        return
+    taken, mesh, batch = answer.plan, answer.plan.mesh, answer.plan.batch
+    ranks = [rank for part in answer.assignment for rank in range(part.first_rank, part.first_rank + part.devices)]
+    assert ranks == list(range(mesh.world_size))
+    assert all(part.devices <= capacity[0].devices for part in answer.assignment)
+    assert sum(batch.samples) == spec.global_batch and min(batch.samples) >= 1
+    assert len(batch.samples) == mesh.dp_degree
+    assert max(map(batch.rows, range(mesh.dp_degree))) <= batch.micro_batch
+    assert spec.model is not None and sum(taken.stage_layers) == spec.model.layers
+    assert len(taken.stage_layers) == mesh.pp and min(taken.stage_layers) >= taken.interleave
+    assert capacity[0].memory_bytes == 0 or taken.memory_bytes <= capacity[0].memory_bytes
+    if "on the slower nodes" in taken.reason:
+        speed = {node.node: node.speed for node in capacity}
+        of_ranks = np.concatenate([np.full(part.devices, speed[part.node]) for part in answer.assignment])
+        of_stages = of_ranks.reshape(mesh.pp, -1).min(axis=1)
+        slow_first = "the first stage" in taken.reason
+        assert of_stages[0 if slow_first else -1] == of_stages.min() < of_stages.max()
+        assert max(batch.samples) - min(batch.samples) <= 1

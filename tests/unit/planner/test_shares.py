@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.spec import AxisBounds
+from orchestrator.core.spec import AxisBounds, ModelSpec
 from orchestrator.core.types import NodeCapacity
 from orchestrator.planner.candidates import Candidates
 from orchestrator.planner.cost import time_terms
+from orchestrator.planner.judge import judge
 from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.pool import pools, usable
 from orchestrator.planner.shares import divide, most_speed, replica_speeds, replicas_of, split, stages_of
 from orchestrator.planner.space import stage_layers, stage_splits
-from tests.unit.planner.jobs import EXAMPLE, LLAMA_8B, LLAMA_405B, job, nodes, planned
+from tests.unit.planner.jobs import EXAMPLE, LLAMA_8B, LLAMA_70B, LLAMA_405B, job, nodes, planned
 
 SPEEDS = st.lists(st.sampled_from([1.0, 1.25, 1.5, 2.95]), min_size=1, max_size=4)
 
@@ -42,7 +43,7 @@ def took(batch: int, speeds: list[float], most: int) -> float:
     counts = np.array([[speeds.count(one)] for one in known])
     found = divide(batch, counts, known, np.array([most]))
     assert found.rows[-1, 0] == most
-    return float(found.micro_batches[0] * most / known[0] * found.relative[0])
+    return float(found.micro_batches[0] * most / found.speed[0])
 
 
 @settings(deadline=None)
@@ -90,6 +91,48 @@ def test_no_number_of_replicas_is_faster_together(speeds: list[float], pp: int, 
     one = replace(one, pp=one.pp * pp, tp=one.tp * tp)
     found = most_speed(pool, one, np.array([least]), np.array([most]))[0]
     assert found == pytest.approx(max(map(together, range(least, most + 1))))
+
+
+def test_equal_shares_are_taken_where_they_need_fewer_micro_batches() -> None:
+    """Of at most two rows: 1+1+1+2 of them need two passes, 2+2+2+2 one, and each pass has its collectives."""
+    model = ModelSpec(layers=2, hidden=128, heads=2, kv_heads=2, ffn_hidden=96, vocab=50304, seq_length=96)
+    spec = job(model, global_batch=7, micro_batch=2, pp=1, tp=2, dp_shard=4)
+    speeds = enumerate((1.0, 0.8, 0.5, 0.5), 1)
+    found = planned(spec, [NodeCapacity(f"node-{at}", 2, kind="cpu", speed=speed) for at, speed in speeds])
+    assert sorted(found.plan.batch.samples) == [1, 2, 2, 2]
+    assert found.plan.batch.micro_batches == 1
+    assert "equal shares, which take fewer micro-batches" in found.plan.reason
+
+
+def test_a_plan_takes_as_long_whatever_it_is_judged_beside() -> None:
+    capacity = slowed(nodes(2), 1, speed=1 / 1.9)
+    spec = job(EXAMPLE, global_batch=4)
+    pool = next(one for one in pools(spec, usable(spec, capacity)) if one.mixed)
+    ones = np.ones(2, np.int64)
+    both = Candidates(*(ones for _ in range(14)))
+    changes = {"pp": [1, 2], "dp_shard": [2, 1], "micro_batch": [2, 2], "micro_batches": [1, 2], "zero": [3, 3]}
+    layers = {"layers_first": [8, 4], "layers_middle": [0, 0], "layers_last": [0, 4], "recomputation": [0, 0]}
+    both = replace(both, **{name: np.array(value) for name, value in (changes | layers).items()})
+    judged = judge(spec, pool)
+    for at in range(2):
+        alone = both.take(slice(at, at + 1))
+        assert judged.seconds(alone)[0] == judged.seconds(both)[at]
+        assert judged.way(alone)[0] == judged.way(both)[at]
+
+
+@pytest.mark.parametrize("slow", [0.8, 0.5, 0.25])
+@pytest.mark.parametrize("model", [LLAMA_8B, LLAMA_70B])
+def test_a_slow_node_that_lies_idle_changes_nothing(model: ModelSpec, slow: float) -> None:
+    spec, capacity = job(model, global_batch=64, tp=8), nodes(9, 8, "h100")
+    among = next(one for one in pools(spec, usable(spec, slowed(capacity, 8, speed=slow))) if one.mixed)
+    alone = pools(spec, capacity[:8])[0]
+    one = dict.fromkeys(("interleave", "dp_replicate", "cp", "ep"), 1) | {
+        "pp": 2, "dp_shard": 4, "tp": 8, "zero": 3, "micro_batch": 1, "micro_batches": 16, "recomputation": 0,
+        "layers_first": model.layers // 2, "layers_middle": 0, "layers_last": model.layers // 2,
+    }  # fmt: skip
+    plans = Candidates(**{name: np.array([value]) for name, value in one.items()})
+    ratio = judge(spec, among).seconds(plans)[0] / judge(spec, alone).seconds(plans)[0]
+    assert ratio == pytest.approx(1, abs=0.005)
 
 
 def test_equal_speeds_share_equally() -> None:
