@@ -144,13 +144,16 @@ class Mixed:
         return np.asarray(np.stack([_total(way) for way in self._ways(plans)]).min(axis=0))
 
     def at_least(self, plans: Candidates, replicas: tuple[Ints, Ints], known: bool = True) -> Floats:
-        """See `Judge`. Shares: no replica is ever idle. Stages: the speeds of the fewest replicas."""
+        """See `Judge`. Shares: no replica is ever idle, or computes all rows of a micro-batch faster than the fastest.
+
+        Stages: the speeds of the fewest replicas.
+        """
         least, most = replicas
-        speed = shares.most_speed(self.pool, plans, least, most)
-        filled = np.minimum(self.batch / speed / (plans.micro_batches * plans.micro_batch), 1.0)
-        terms = dict(self.alike.where_seconds(plans))
-        terms |= {name: terms[name] * filled for name in ("compute", "recompute")}
-        terms["bubble"] = terms["bubble"] / self.pool.speeds[-1]
+        fastest = np.full(len(plans), self.pool.speeds[-1])
+        together = shares.most_speed(self.pool, plans, least, most)
+        filled = self.batch * fastest / (together * plans.micro_batches * plans.micro_batch)
+        terms = dict(self.alike.where_seconds(plans, Speeds(fastest, fastest, fastest)))
+        terms |= {name: terms[name] * np.maximum(filled, 1) for name in ("compute", "recompute")}
         shared = _total(terms) - terms["data"] - terms["optimizer"]
         few = replace(plans, dp_shard=plans.dp_shard * least)
         ways = [shares.stages_of(self.pool, few, slow_first) for slow_first in (False, True)]
