@@ -144,19 +144,19 @@ class Mixed:
         return np.asarray(np.stack([_total(way) for way in self._ways(plans)]).min(axis=0))
 
     def at_least(self, plans: Candidates, replicas: tuple[Ints, Ints], known: bool = True) -> Floats:
-        """See `Judge`. Shares: no replica is ever idle, or computes all rows of a micro-batch faster than the fastest.
+        """See `Judge`. Stages: the speeds of the fewest replicas.
 
-        Stages: the speeds of the fewest replicas.
+        Shares: no replica is ever idle, or is done before the fastest one with all rows or the slowest with one.
         """
         least, most = replicas
-        fastest = np.full(len(plans), self.pool.speeds[-1])
-        together = shares.most_speed(self.pool, plans, least, most)
-        filled = self.batch * fastest / (together * plans.micro_batches * plans.micro_batch)
-        terms = dict(self.alike.where_seconds(plans, Speeds(fastest, fastest, fastest)))
-        terms |= {name: terms[name] * np.maximum(filled, 1) for name in ("compute", "recompute")}
-        shared = _total(terms) - terms["data"] - terms["optimizer"]
         few = replace(plans, dp_shard=plans.dp_shard * least)
         ways = [shares.stages_of(self.pool, few, slow_first) for slow_first in (False, True)]
+        speed = np.minimum(self.pool.speeds[-1], ways[0].last * plans.micro_batch)
+        together = shares.most_speed(self.pool, plans, least, most)
+        filled = self.batch * speed / (together * plans.micro_batches * plans.micro_batch)
+        terms = dict(self.alike.where_seconds(plans, Speeds(speed, speed, speed)))
+        terms |= {name: terms[name] * np.maximum(filled, 1) for name in ("compute", "recompute")}
+        shared = _total(terms) - terms["data"] - terms["optimizer"]
         if not known:
             fastest = ways[0].first
             ways = [Speeds(fastest, fastest, fastest)]
