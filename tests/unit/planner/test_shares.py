@@ -184,6 +184,43 @@ def test_slow_devices_get_a_smaller_stage_where_that_is_faster_than_smaller_shar
     assert 0.3 < staged.chosen.mfu < 0.6, "of what 32 H100 and 16 A100 can do"
 
 
+@pytest.mark.parametrize("layers", [8, 11])
+def test_a_very_slow_stage_leaves_nearly_all_layers_to_the_other(layers: int) -> None:
+    model = replace(EXAMPLE, layers=layers)
+    found = planned(job(model, global_batch=48, pp=2, dp_shard=1, tp=1), slowed(nodes(2), 0, speed=0.1))
+    assert sorted(found.plan.stage_layers) == [1, layers - 1]
+    assert found.assignment.names[found.plan.stage_layers.index(1)] == "node-1"
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.lists(st.sampled_from([0.3, 0.5, 0.8, 1.0]), min_size=3, max_size=14), st.integers(1, 3), st.integers(2, 200),
+    st.integers(1, 12), st.data(),
+)  # fmt: skip
+def test_no_number_of_replicas_gets_below_the_bound(
+    speeds: list[float], pp: int, batch: int, micro_batch: int, data: st.DataObject
+) -> None:
+    """Of larger batches than those that all plans are tried for."""
+    spec = job(LLAMA_8B, global_batch=batch)
+    capacity = [replace(node, speed=speed) for node, speed in zip(nodes(len(speeds), 1, "h100"), speeds, strict=True)]
+    pool = max(pools(spec, usable(spec, capacity)), key=lambda one: len(one.nodes))
+    room = min(len(speeds) // pp, batch)
+    least = data.draw(st.integers(1, room))
+    most = data.draw(st.integers(least, room))
+    replicas = np.arange(least, most + 1)
+    one = dict.fromkeys(("interleave", "dp_replicate", "cp", "tp", "ep"), 1) | {
+        "pp": pp, "zero": 3, "micro_batch": micro_batch, "recomputation": 0,
+        "layers_first": 32 if pp == 1 else 10, "layers_middle": 8 * (pp > 2), "layers_last": 0 if pp == 1 else 14,
+    }  # fmt: skip
+    columns = {name: np.full(len(replicas), value) for name, value in one.items()}
+    samples = -(-batch // replicas)
+    plans = Candidates(dp_shard=replicas, micro_batches=-(-samples // micro_batch), **columns)
+    ends = np.full(len(replicas), least), np.full(len(replicas), most)
+    judged = judge(spec, pool)
+    bound = judged.at_least(replace(plans, dp_shard=np.ones_like(replicas)), ends)
+    assert (bound <= judged.seconds(plans) * (1 + 1e-12)).all()
+
+
 def test_one_slow_node_of_many_is_put_where_a_stage_has_little_to_do() -> None:
     spec = job(LLAMA_405B, global_batch=256, tp=8, pp=AxisBounds(16, 16))
     capacity = nodes(32, 8, "b200")
