@@ -168,9 +168,8 @@ def test_plans_are_ranked_and_follow_losses(job: Path, capsys: pytest.CaptureFix
 
 
 def test_slow_nodes_are_planned_with_smaller_shares(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job.write_text(
-        JOB.replace("{global: 8}", "{global: 960}").replace("layers: 4, hidden: 64", "layers: 32, hidden: 4096")
-    )
+    large = JOB.replace("{global: 8}", "{global: 960}").replace("layers: 4, hidden: 64", "layers: 32, hidden: 4096")
+    job.write_text(large.replace("seqLength: 32", "seqLength: 2048") + "  parallelism: {pp: 1}\n")
     assert main(["plan", "job.yaml", "--nodes", "3x8:h100,1x8:h100@0.5", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["rounds"]
     samples = found["plan"]["batch"]["samples"]
