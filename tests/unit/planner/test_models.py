@@ -10,8 +10,9 @@ import pytest
 from orchestrator.core.spec import ModelSpec
 from orchestrator.planner.batch import split
 from orchestrator.planner.candidates import Candidates
-from orchestrator.planner.cost import LINK, collective_s, link, time_terms
+from orchestrator.planner.cost import time_terms
 from orchestrator.planner.hardware import CATALOGUE, GIB, Machine, find
+from orchestrator.planner.links import LINK, collective_s, link
 from orchestrator.planner.memory import MemoryTerms, memory_terms
 from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.transformer import layer_flops, parameters, split_layers

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from orchestrator.core.spec import AxisBounds
 from orchestrator.core.types import MeasuredPlan, NodeCapacity
 from orchestrator.planner import Calibration, Planned, learn, plan
-from orchestrator.planner.cost import TimeTerms, link, rack_link, time_terms
+from orchestrator.planner.cost import TimeTerms, time_terms
 from orchestrator.planner.frontier import _unsharded
 from orchestrator.planner.hardware import CATALOGUE, Machine
 from orchestrator.planner.judge import judge
 from orchestrator.planner.legality import legal
+from orchestrator.planner.links import link, rack_link
 from orchestrator.planner.numbers import Numbers
 from orchestrator.planner.pool import pools, usable
 from orchestrator.planner.space import Space, candidates, length
