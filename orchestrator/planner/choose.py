@@ -36,7 +36,7 @@ class Search:
     def ranked(self, wish: Wish, known: Ranking | None = None) -> Ranking:
         """The plans that may be chosen or listed, those `known` included."""
         found = Ranking(known.rows, known.step, limit=known.limit) if known else Ranking()
-        for space, judge in [*zip(self.spaces, self.judges, strict=True)][::-1]:  # the smallest sets the limit soon
+        for space, judge in reversed(list(zip(self.spaces, self.judges, strict=True))):  # the smallest sets a limit
             fastest(space, judge, wish, found)
         return found
 

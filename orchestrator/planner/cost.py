@@ -34,6 +34,8 @@ EXPOSED_GATHERS = 0.3
 """The same where parameters are gathered layer by layer (ZeRO 3): the first and last ones, and shared memory paths."""
 OPTIMIZER_BYTES = 28
 """Traffic of one Adam update per parameter: four fp32 numbers read, three written."""
+PRODUCTS_AGAIN = 0.5
+"""Of the products of a layer: what torch's selective recomputation does again."""
 INTERLEAVED = 0.3
 """Of what the stages of an interleaved pipeline send: what does not overlap with other chunks."""
 
@@ -66,11 +68,15 @@ class TimeTerms:
 class Speeds:
     """How many times as fast as the machine's device the slowest device of some pipeline stages is, of each plan."""
 
-    first: Floats
+    first: Floats | float
     """Of the only stage, where there is one."""
-    middle: Floats
+    middle: Floats | float
     """Of all between the first and the last."""
-    last: Floats
+    last: Floats | float
+
+
+AS_FAST = Speeds(1.0, 1.0, 1.0)
+"""Of stages whose devices are all as fast as each other."""
 
 
 def time_terms(
@@ -79,7 +85,7 @@ def time_terms(
     plans: Candidates,
     numbers: Numbers,
     calibration: Calibration | None = None,
-    speeds: Speeds | None = None,
+    speeds: Speeds = AS_FAST,
 ) -> TimeTerms:
     """Seconds per step of each plan, term by term; `speeds` where pipeline stages are not all as fast."""
     layer = layer_s(model, machine, plans, numbers)
@@ -117,43 +123,32 @@ def time_terms(
 class _Slowest:
     """The stage that the others wait for, of each plan."""
 
-    layers: Ints | Floats
+    layers: Floats
     logits: Floats
     """Seconds of the output projection, where it is the last stage, at the machine's speed."""
-    speed: Floats | float
+    speed: Floats
     others_s: Floats
     """Seconds that one micro-batch takes in all other stages."""
 
 
 def _slowest_stage(
-    model: ModelSpec, plans: Candidates, work_s: Floats, wait_s: Floats, logits_s: Floats, speeds: Speeds | None
+    model: ModelSpec, plans: Candidates, work_s: Floats, wait_s: Floats, logits_s: Floats, speeds: Speeds
 ) -> _Slowest:
     """`work_s` and `wait_s` are a layer's seconds of computing, which faster devices shorten, and of collectives."""
-    last = np.where(plans.pp == 1, plans.layers_first, plans.layers_last)
-    if speeds is None:
-        layer_s, inner = work_s + wait_s, np.maximum(plans.layers_first, plans.layers_middle)
-        heavy = last * layer_s + logits_s >= inner * layer_s
-        slowest = np.where(heavy, last * layer_s + logits_s, inner * layer_s)
-        return _Slowest(
-            np.where(heavy, last, inner),
-            np.where(heavy, logits_s, 0.0),
-            1.0,
-            model.layers * layer_s + logits_s - slowest,
-        )
+    alone = plans.pp == 1
     between = np.where(plans.pp > 2, model.layers - plans.layers_first - plans.layers_last, 0)
-    speed = np.stack([speeds.first, speeds.middle, np.where(plans.pp == 1, speeds.first, speeds.last)])
+    layers = np.stack([np.where(alone, plans.layers_first, plans.layers_last), plans.layers_first, plans.layers_middle])
+    speed = np.stack(np.broadcast_arrays(np.where(alone, speeds.first, speeds.last), speeds.first, speeds.middle))
     layer_s = work_s / speed + wait_s
-    took = np.stack([plans.layers_first, plans.layers_middle, last]) * layer_s
-    took[2] += logits_s / speed[2]
-    which = took.argmax(axis=0)[None, :]
-    which[:, plans.pp == 1] = 2
+    took = layers * layer_s
+    took[0] += logits_s / speed[0]
+    which = np.where(alone, 0, took.argmax(axis=0))[None, :]  # the last one, where others take as long
 
     def of(column: Floats) -> Floats:
         return np.asarray(np.take_along_axis(column, which, axis=0)[0])
 
-    layers = of(np.stack([plans.layers_first, plans.layers_middle, last]).astype(np.float64))
-    whole = np.where(plans.pp == 1, 0.0, took[0]) + between * layer_s[1] + took[2]
-    return _Slowest(layers, np.where(which[0] == 2, logits_s, 0.0), of(speed), whole - of(took))
+    whole = took[0] + np.where(alone, 0.0, took[1]) + between * layer_s[2]
+    return _Slowest(of(1.0 * layers), np.where(which[0] == 0, logits_s, 0.0), of(speed), whole - of(took))
 
 
 def _again(numbers: Numbers, layer: Layer) -> tuple[Floats, Floats]:
@@ -161,7 +156,7 @@ def _again(numbers: Numbers, layer: Layer) -> tuple[Floats, Floats]:
     if not numbers.stops_early:
         return layer.scores if not numbers.fused_attention else 0.12 * layer.forward, layer.forward
     elementwise = layer.forward - layer.products - layer.scores
-    return numbers.products_again * layer.products + elementwise, layer.forward - layer.last
+    return PRODUCTS_AGAIN * layer.products + elementwise, layer.forward - layer.last
 
 
 def _logits_s(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Numbers) -> Floats:

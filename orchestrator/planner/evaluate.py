@@ -11,8 +11,9 @@ from typing import TypeVar
 import numpy as np
 
 from orchestrator.core.spec import ModelSpec
+from orchestrator.core.types import Recomputation
 from orchestrator.planner.calibration import Calibration
-from orchestrator.planner.candidates import Candidates
+from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates
 from orchestrator.planner.cost import TimeTerms, time_terms
 from orchestrator.planner.hardware import Machine
 from orchestrator.planner.memory import MemoryTerms, memory_terms
@@ -24,8 +25,7 @@ from orchestrator.planner.transformer import (
     split_layers,
 )
 
-NONE, FULL = 0, 2
-"""Indices into `RECOMPUTATIONS`."""
+NONE, FULL = map(RECOMPUTATIONS.index, (Recomputation.NONE, Recomputation.FULL))
 Terms = TypeVar("Terms", TimeTerms, MemoryTerms)
 ROUNDING = 1e-9
 FILLED = 1.0

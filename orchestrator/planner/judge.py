@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from orchestrator.core.spec import JobSpec, ModelSpec
 from orchestrator.planner import shares
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.candidates import Candidates, Floats, Ints
-from orchestrator.planner.cost import Speeds, time_terms
+from orchestrator.planner.cost import AS_FAST, Speeds, time_terms
 from orchestrator.planner.hardware import Machine
 from orchestrator.planner.memory import USABLE, memory_terms
 from orchestrator.planner.numbers import Numbers
@@ -102,7 +102,7 @@ class Described:
         """See `Judge`."""
         return self.memory(plans)
 
-    def where_seconds(self, plans: Candidates, speeds: Speeds | None = None) -> Mapping[str, Floats]:
+    def where_seconds(self, plans: Candidates, speeds: Speeds = AS_FAST) -> Mapping[str, Floats]:
         """See `Judge`; `speeds` where pipeline stages are not all as fast."""
         return _by_name(time_terms(self.model, self.machine, plans, self.numbers, self.calibration, speeds))
 
@@ -170,7 +170,8 @@ class Mixed:
 
     def where_seconds(self, plans: Candidates) -> Mapping[str, Floats]:
         """See `Judge`."""
-        ways, best = self._ways(plans), self.way(plans)
+        ways = self._ways(plans)
+        best = _fastest(ways)
         return {name: np.choose(best, [one[name] for one in ways]) for name in ways[0]}
 
     def where_memory(self, plans: Candidates) -> Mapping[str, Floats]:
@@ -178,10 +179,8 @@ class Mixed:
         return self.alike.where_memory(self._fullest(plans))
 
     def way(self, plans: Candidates) -> Ints:
-        """See `Judge`; shares where nothing is faster."""
-        took = np.stack([_total(one) for one in self._ways(plans)])
-        took[SHARES] *= 1 - _ROUND
-        return np.asarray(took.argmin(axis=0))
+        """See `Judge`."""
+        return _fastest(self._ways(plans))
 
     def utilisation(self, tokens_per_s: float, devices: int) -> float:
         """See `Judge`; of the fastest devices, those which a plan takes."""
@@ -240,6 +239,13 @@ class Undescribed:
     def utilisation(self, tokens_per_s: float, devices: int) -> float:
         """See `Judge`."""
         return 0.0
+
+
+def _fastest(ways: Sequence[Mapping[str, Floats]]) -> Ints:
+    """Which way each plan takes: shares where nothing is faster."""
+    took = np.stack([_total(one) for one in ways])
+    took[SHARES] *= 1 - _ROUND
+    return np.asarray(took.argmin(axis=0))
 
 
 def _total(terms: Mapping[str, Floats]) -> Floats:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from orchestrator.core.spec import JobSpec
-from orchestrator.core.types import MeasuredPlan, NodeCapacity, Plan
+from orchestrator.core.types import AssignedNode, MeasuredPlan, NodeCapacity, Plan
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.candidates import RECOMPUTATIONS, Candidates
 from orchestrator.planner.judge import judge
@@ -30,15 +30,18 @@ def learn(
     if spec.model is None:
         return before
     for one in measured:
-        plain = [NodeCapacity(part.node, part.devices, 0, one.kind) for part in one.assignment]
-        nodes = [
-            replace(node, rack=now.rack, speed=now.speed) for node in plain for now in [where.get(node.node, node)]
-        ]
+        nodes = [_as_measured(part, one.kind, where.get(part.node)) for part in one.assignment]
         pool = pools(spec, nodes)[0]
         predicted_s = float(judge(spec, pool).seconds(_candidates(one.plan, spec.model.layers))[0])
         tp, micro_batch = one.plan.mesh.tp, one.plan.batch.micro_batch
         before = before.observe(pool.device.name, tp, micro_batch, one.step_s, predicted_s)
     return before
+
+
+def _as_measured(part: AssignedNode, kind: str, now: NodeCapacity | None) -> NodeCapacity:
+    """The devices of a node that were used; its speed and place are taken to be those of `now`."""
+    node = NodeCapacity(part.node, part.devices, 0, kind)
+    return replace(node, rack=now.rack, speed=now.speed) if now else node
 
 
 def _candidates(plan: Plan, layers: int) -> Candidates:

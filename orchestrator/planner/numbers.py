@@ -43,8 +43,6 @@ class Numbers:
     stops_early: bool = True
     """Recomputation is torch's: it ends once the backward pass has what it needs, and selective recomputation keeps
     attention and some products instead of doing attention again."""
-    products_again: float = 0.5
-    """Share of the products that its selective recomputation does again."""
     tensor_overlap: float = 0.3
     """Share of the collectives of `tp` and `cp` that hides behind products."""
     narrow: float = 1.0
