@@ -89,6 +89,7 @@ class Connection:
             report = wire.unpack(text, "report", NodeReport)
             if report.node != self._node:
                 raise InvalidInput(f"a report of {report.node!r} came over the connection of {self._node!r}")
+            _check(report)
             self.instance = report.instance
             await self._host.report(report)
             await self._answer()
@@ -107,6 +108,14 @@ class Connection:
                 await self._websocket.send_text(wire.pack(directive=directive))
             except (WebSocketDisconnect, RuntimeError):
                 log.debug("%s went away before its directive was sent", self._node)
+
+
+def _check(report: NodeReport) -> None:
+    """Raises `InvalidInput` for numbers that no node has: the planner divides by them."""
+    if not 0 < report.speed <= 1:
+        raise InvalidInput(f"a node's speed is above 0 and up to 1, not {report.speed}")
+    if report.devices < 0 or report.device_memory_bytes < 0:
+        raise InvalidInput(f"a node has no {report.devices} devices of {report.device_memory_bytes} bytes")
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
@@ -108,6 +109,12 @@ async def test_a_newer_connection_replaces_the_old(served: Served) -> None:
         ('{"v":1}', "report"),
         ('{"v":1,"report":{"node":"node-1"}}', "does not fit"),
         (wire.pack(report=report("node-2")), "'node-2'"),
+        *(
+            (wire.pack(report=replace(report(), speed=speed)), f"up to 1, not {speed}")
+            for speed in (0.0, -0.5, 1.5, float("nan"))
+        ),
+        (wire.pack(report=replace(report(), devices=-1)), "-1 devices"),
+        (wire.pack(report=replace(report(), device_memory_bytes=-8)), "of -8 bytes"),
         (b"\x00", "text frame"),
     ],
 )
