@@ -83,12 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--node", required=True, metavar="NAME", help="name of this node, unique in the cluster")
     parser.add_argument("--devices", default="auto", metavar="N", help="devices to offer; auto = one CPU slot")
     parser.add_argument(
-        "--rack", metavar="NAME", help=f"rack that the node stands in, instead of {RACK_VARIABLE}; not known"
+        "--rack", metavar="NAME", help=f"rack that the node stands in (default: {RACK_VARIABLE}, else not known)"
     )
     parser.add_argument(
         "--speed",
         metavar="S",
-        help=f"0.7 for a node throttled to that, instead of {SPEED_VARIABLE}; 1",
+        help=f"0.7 for a node throttled to that share of its kind's speed (default: {SPEED_VARIABLE}, else 1)",
     )
     parser.add_argument("--address", default="127.0.0.1", help="address at which other nodes reach this one")
     parser.add_argument(

@@ -106,6 +106,8 @@ class NodeStatus:
     probes: Probes
     rack: str = ""
     """As the node says; empty = not known."""
+    speed: float = 1.0
+    """As the node says, relative to what devices of its kind usually do."""
 
 
 @dataclass(frozen=True, slots=True)

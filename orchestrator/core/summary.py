@@ -49,6 +49,7 @@ def _node(job: Job, node: Node) -> NodeStatus:
         drained=node.name in history.drained,
         probes=report.probes if report else Probes(),
         rack=report.rack if report else "",
+        speed=report.speed if report else 1.0,
     )
 
 

@@ -161,7 +161,7 @@ def _nodes(nodes: tuple[NodeStatus, ...]) -> Table:
         verdict = Text(str(node.verdict.health), style=_HEALTH_STYLE[node.verdict.health])
         if node.drained:
             verdict.append(" drained", style="yellow")
-        devices = f"{node.used_devices}/{node.devices}"
+        devices = f"{node.used_devices}/{node.devices}" + (f" at {node.speed:g}x" if node.speed != 1 else "")
         ranks = ",".join(map(str, node.ranks)) or "-"
         where = [Text(node.rack or "-")] if racks else []
         step = str(node.step) if node.ranks else "-"

@@ -41,6 +41,9 @@ def test_the_planner_and_the_status_are_told() -> None:
     job = Job(replay([JobAccepted(0.0, SPEC, 0)]), 0.0)
     job.handle(NodesReported(1.0, (REPORT, replace(REPORT, node="node-2", rack=""))))
     assert [(node.node, node.rack) for node in summarize(job).nodes] == [("node-1", "r07"), ("node-2", "")]
+    assert [node.speed for node in summarize(job).nodes] == [1.0, 1.0]
+    job.handle(NodesReported(2.0, (replace(REPORT, speed=0.7),)))
+    assert [node.speed for node in summarize(job).nodes] == [0.7, 1.0]
 
 
 def test_which_nodes_is_left_to_the_planner_where_racks_matter() -> None:

@@ -109,3 +109,9 @@ def test_racks_are_shown_where_a_node_says_one() -> None:
     assert "rack" not in shown(render(status()))
     text = shown(render(status(nodes=(node("node-1", 0, rack="[b]7"), node("node-2", 1)))))
     assert "rack" in text and "[b]7" in text
+
+
+def test_the_speed_of_a_node_is_shown_where_it_says_one() -> None:
+    assert "1/1 at" not in shown(render(status()))
+    text = shown(render(status(nodes=(node("node-1", 0, speed=0.7), node("node-2", 1)))))
+    assert text.count("1/1 at 0.7x") == text.count(" at ") == 1
