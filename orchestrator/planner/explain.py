@@ -109,7 +109,7 @@ def _unchecked(spec: JobSpec, taken: Estimate) -> Iterable[str]:
         return
     if taken.pool.oversubscription > 1 and not taken.pool.machine.rack:
         yield "spec.hardware.rackOversubscription does not count because no node says its rack"
-    kinds = [(node, find(spec.device_kind or node.kind)) for node in taken.pool.kinds]
+    kinds = [(node, find(node.kind)) for node in taken.pool.kinds]
     if any(node.memory_bytes == 0 and (kind is None or kind.memory_bytes == 0) for node, kind in kinds):
         yield f"{gib(taken.memory_bytes)} per device, not checked where nodes do not report their memory"
     unknown = {node.kind for node, kind in kinds if kind is None}

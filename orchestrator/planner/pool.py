@@ -150,12 +150,19 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def usable(spec: JobSpec, capacity: Iterable[NodeCapacity]) -> list[NodeCapacity]:
-    """Nodes with a device to give, each once, cut to `devices_per_node`; in an order independent of the input's."""
-    most = spec.devices_per_node
+    """Nodes with a device to give, each once, cut to `devices_per_node` and of the kind that the job file says, if it
+    does; in an order independent of the input's.
+    """
     ordered = sorted(capacity, key=_whatever)
-    once = {node.node: node for node in reversed(ordered)}
-    cut = [node if most is None or node.devices <= most else replace(node, devices=most) for node in once.values()]
-    return sorted((node for node in cut if node.devices > 0), key=lambda node: (-node.devices, natural(node.node)))
+    once = {node.node: _as_told(spec, node) for node in reversed(ordered)}
+    some = (node for node in once.values() if node.devices > 0)
+    return sorted(some, key=lambda node: (-node.devices, natural(node.node)))
+
+
+def _as_told(spec: JobSpec, node: NodeCapacity) -> NodeCapacity:
+    devices = node.devices if spec.devices_per_node is None else min(node.devices, spec.devices_per_node)
+    kind = spec.device_kind or node.kind
+    return node if (devices, kind) == (node.devices, node.kind) else replace(node, devices=devices, kind=kind)
 
 
 def _whatever(node: NodeCapacity) -> tuple[object, ...]:
@@ -169,7 +176,7 @@ def pools(spec: JobSpec, nodes: Sequence[NodeCapacity]) -> list[Pool]:
     More than a few kinds are cut to evenly spaced ones.
     """
     found = []
-    devices = {kind: find(spec.device_kind or kind) or _UNKNOWN for kind in {node.kind for node in nodes}}
+    devices = {kind: find(kind) or _UNKNOWN for kind in {node.kind for node in nodes}}
     described = [(node, devices[node.kind]) for node in nodes]
     for backend in sorted({device.backend for _, device in described}):
         mine = [(node, device) for node, device in described if device.backend == backend]

@@ -235,3 +235,10 @@ def test_a_slow_node_is_left_out_where_all_are_faster_without_it() -> None:
     alone = planned(spec, [*nodes(1, 8, "h100"), slow])
     assert "node-slow" in alone.assignment.names  # half of the devices for six tenths of the speed is no gain
     assert alone.plan.step_s > planned(spec, nodes(2, 8, "h100")).plan.step_s
+
+
+def test_devices_are_what_the_job_file_says_they_are() -> None:
+    told = job(LLAMA_8B, global_batch=64, device_kind="h100")
+    here = [planned(told, nodes(4, 8, kind, 80 * 2**30)).chosen for kind in ("a100", "h100")]
+    assert here[0] == here[1] == planned(job(LLAMA_8B, global_batch=64), nodes(4, 8, "h100", 80 * 2**30)).chosen
+    assert 0.3 < here[0].mfu < 0.6
