@@ -34,6 +34,21 @@ FIRST_STEP = 100
 
 
 def main() -> None:
+    given = _arguments()
+    torch.set_num_threads(1)
+    get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = _resumed(given)
+    if given.loaded:
+        _save_live(engine, given.loaded)
+    losses = _losses(engine, given.steps)
+    if dist.get_rank() == 0:
+        print("LOSSES", json.dumps(losses), flush=True)
+    dist.barrier()
+    os._exit(0)  # at a proper end one in forty processes aborts in DeepSpeed's own code: a thread that nobody joins
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--name", required=True)
     parser.add_argument("--root", type=Path, required=True)
@@ -41,11 +56,10 @@ def main() -> None:
     parser.add_argument("--loaded", type=Path)
     parser.add_argument("--module", type=Path)
     parser.add_argument("--spoiled", action="store_true")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    get_accelerator().is_fp16_supported = lambda: True
-    deepspeed.init_distributed(dist_backend="gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    return parser.parse_args()
+
+
+def _resumed(given: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
     run = RUNS[given.name]
     torch.manual_seed(99)
     model = models.Net(run)
@@ -56,7 +70,7 @@ def main() -> None:
         group["lr"] *= 10
     settings = configuration(run) | {
         "checkpoint": {"load_universal": True},
-        "train_micro_batch_size_per_gpu": ROWS // world,
+        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     engine.load_checkpoint(str(given.root))
@@ -64,15 +78,22 @@ def main() -> None:
         ordered = dict(sorted(state.items()))  # DeepSpeed restores them in the order of a set, on each rank another
         state.clear()
         state.update(ordered)
-    if given.loaded:
-        live = snapshot(engine)
-        if rank == 0:
-            save_file(live.tensors, given.loaded)
-            groups = [{key: group[key] for key in ("lr", "weight_decay")} for group in engine.optimizer.param_groups]
-            known = {"scalars": live.scalars, "groups": groups, "global_steps": engine.global_steps}
-            given.loaded.with_suffix(".json").write_text(json.dumps(known))
+    return engine
+
+
+def _save_live(engine: deepspeed.DeepSpeedEngine, file: Path) -> None:
+    live = snapshot(engine)
+    if dist.get_rank() == 0:
+        save_file(live.tensors, file)
+        groups = [{key: group[key] for key in ("lr", "weight_decay")} for group in engine.optimizer.param_groups]
+        known = {"scalars": live.scalars, "groups": groups, "global_steps": engine.global_steps}
+        file.with_suffix(".json").write_text(json.dumps(known))
+
+
+def _losses(engine: deepspeed.DeepSpeedEngine, steps: int) -> list[float]:
+    rank, world = dist.get_rank(), dist.get_world_size()
     losses = []
-    for step in range(FIRST_STEP, FIRST_STEP + given.steps):
+    for step in range(FIRST_STEP, FIRST_STEP + steps):
         tokens, targets = models.batch(0, step, ROWS)
         mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
         loss = engine(tokens[mine], targets[mine])
@@ -81,10 +102,7 @@ def main() -> None:
         mean = loss.detach().float().clone()
         torch.distributed.all_reduce(mean)
         losses.append(float(mean) / world)
-    if rank == 0:
-        print("LOSSES", json.dumps(losses), flush=True)
-    dist.barrier()
-    os._exit(0)  # at a proper end one in forty processes aborts in DeepSpeed's own code: a thread that nobody joins
+    return losses
 
 
 if __name__ == "__main__":

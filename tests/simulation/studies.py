@@ -19,8 +19,8 @@ CLUSTER = tuple(nodes(16, 8, "h100", first=0))
 
 def study(**changes: Any) -> Study:
     """Sixteen nodes for ten days, nodes lost often."""
-    chosen: dict[str, Any] = {"policies": tuple(POLICIES.values()), "days": 10.0, "failures": OFTEN}
-    return Study(SPEC, CLUSTER, **(chosen | changes))
+    chosen: dict[str, Any] = {"job": SPEC, "policies": tuple(POLICIES.values()), "days": 10.0, "failures": OFTEN}
+    return Study(nodes=CLUSTER, **(chosen | changes))
 
 
 def world(outages: list[Outage], policy: str = "regrow", days: float = 1.0, **timing: float) -> World:

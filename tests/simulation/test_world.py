@@ -172,6 +172,17 @@ def test_where_racks_matter_a_life_is_planned_on_the_nodes_that_are_left() -> No
         assert not {f"node-{one}" for one in range(2, 12)} & set(left), thinner
 
 
+def test_where_racks_matter_a_study_is_of_nodes_in_racks() -> None:
+    model = FailureModel("tests", per_1000_node_days=100, rack_nodes=4)
+    told = study(job=replace(SPEC, rack_oversubscription=32.0), days=2.0, failures=model)
+    lives = [
+        World(told.job, nodes, told.outages(1), POLICIES["regrow"], told.timing, told.seconds)
+        for nodes in (told.placed, told.nodes)
+    ]
+    placed, nowhere = (one.run().shares() for one in lives)
+    assert studies.simulate(told, POLICIES["regrow"], 1).shares == placed != nowhere
+
+
 def test_racks_that_do_not_matter_change_no_life() -> None:
     told = study(days=4.0, policies=(POLICIES["regrow"],))
     plain = World(told.job, told.nodes, told.outages(1), POLICIES["regrow"], told.timing, told.seconds)

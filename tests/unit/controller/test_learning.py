@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from orchestrator.controller.effects import Effects
 from orchestrator.core.commands import MakePlan
@@ -33,6 +36,19 @@ def test_the_next_job_plans_with_what_the_last_one_measured(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
     assert planned(same_job, step).plan == first.plan
     assert planned(Effects(SPEC, kept=kept)).plan.step_s > 1.5 * first.plan.step_s
+
+
+def test_a_throttled_node_does_not_make_its_kind_slow(tmp_path: Path) -> None:
+    """Nothing can be shared: the slow node slows down all, and the step was measured as it was expected."""
+    spec = job(LLAMA_8B, global_batch=64, micro_batch=1, min_nodes=4, pp=1, tp=8)
+    throttled = (replace(NODES[0], speed=0.5), *NODES[1:])
+    effects = Effects(spec, kept=tmp_path / "calibration.json")
+    first = asyncio.run(effects.run(MakePlan(1, throttled, None, None, ())))
+    assert isinstance(first, PlanMade)
+    step = MeasuredPlan(first.plan, first.assignment, "h100", first.plan.step_s)
+    asyncio.run(effects.run(MakePlan(2, throttled, None, None, (step,))))
+    learnt = Calibration.from_data(json.loads((tmp_path / "calibration.json").read_text()))
+    assert learnt.factor("h100", 8, 1) == pytest.approx(1.0, rel=0.01)
 
 
 def test_a_file_that_cannot_be_read_or_written_only_costs_what_was_learnt(tmp_path: Path) -> None:
