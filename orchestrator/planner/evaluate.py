@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from math import inf
+from math import gcd, inf
 from typing import TypeVar
 
 import numpy as np
@@ -48,7 +48,7 @@ class Row:
     interleave: int | None = 1
     micro_batch: int | None = None
     cp: int = 1
-    ep: int = 1
+    ep: int | None = 1
     dp_shard: int | None = None
     """None = all data-parallel ranks."""
     zero: int | None = 1
@@ -144,14 +144,16 @@ def _plans(row: Row) -> Candidates:
         chunks = (
             [row.interleave] if row.interleave else [one for one in (1, 2, 3, 4) if pp > 1 and split[0] >= one] or [1]
         )
-        shards = min(row.dp_shard or dp, dp)
+        shards, most = min(row.dp_shard or dp, dp), dp * row.cp * row.tp
+        common = gcd(row.model.experts, most)
+        experts = [min(row.ep, most)] if row.ep else [ep for ep in range(1, common + 1) if common % ep == 0]
         for size in sizes:
             passes = max(1, -(-row.global_batch // (dp * size)))
             middle = split[1] if pp > 2 else 0
             stages_of_zero = [row.zero] if row.zero is not None else [1] if pp > 1 else [1, 3]
-            for interleave, zero, recomputation in product(chunks, stages_of_zero, again):
+            for interleave, zero, ep, recomputation in product(chunks, stages_of_zero, experts, again):
                 found.append((
-                    pp, interleave, dp // shards, shards, row.cp, row.tp, min(row.ep, dp * row.cp * row.tp), zero,
-                    size, passes, recomputation, split[0], middle, split[-1],
+                    pp, interleave, dp // shards, shards, row.cp, row.tp, ep, zero, size, passes, recomputation,
+                    split[0], middle, split[-1],
                 ))  # fmt: skip
     return Candidates(*np.array(found, np.int64).T)

@@ -42,8 +42,6 @@ MEMORY = 0.8
 """Of the memory bandwidth: elementwise operations."""
 ALL_TO_ALL = 0.7
 """The same: tokens to their experts."""
-SCANNED = 90.0
-"""Passes through memory of the queries of a layer whose attention does not see all: a state-space scan, or a window."""
 FUSED = 0.25
 """Of the traffic of routed tokens: what is left where experts run in one kernel."""
 ROUTED = 2.5
@@ -60,8 +58,6 @@ CASTS = 1.0
 """Passes through memory of what products below 16 bits read and write."""
 UNCAST = 0.5
 """Of the launches per expert: what is left in 16 bits, where nothing is cast."""
-GROUPED = 0.5
-"""Of the rate of one product: the products of several experts in one launch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +140,7 @@ def _products(model: ModelSpec, machine: Machine, plans: Candidates, numbers: Nu
     divided = numbers.expert_tensor(tp)
     each = tokens * model.experts_per_token / local * divided / tp
     width, entry = model.expert_hidden / divided, expert_input(model)
-    alone = GROUPED + (1 - GROUPED) * (local == 1)
+    alone = np.where(local == 1, 1.0, numbers.grouped)
     experts = local * (
         product_s(machine, numbers, each, gates * width, entry, alone)
         + product_s(machine, numbers, each, entry, width, alone)
@@ -195,7 +191,7 @@ def _elementwise_bytes(model: ModelSpec, machine: Machine, plans: Candidates, nu
         routed *= FUSED
     width = (1 - with_experts) * (matrices(model) + (0 if numbers.fused else 2)) * model.ffn_hidden
     width += with_experts * (routed + (matrices(model) + 1) * model.shared_hidden)
-    scanned = SCANNED * (1 - attention_share(model)) * query_size(model)
+    scanned = numbers.scanned * (1 - attention_share(model)) * query_size(model)
     inner = (2 * (query_size(model) + key_value_size(model)) + scanned + width) / tp
     gathered = tp if numbers.narrow_inputs else 1  # cast before they are gathered, or after it by every rank
     casts = CASTS / numbers.narrow if numbers.narrows else 0.0
@@ -216,9 +212,13 @@ def _all_to_all(model: ModelSpec, machine: Machine, plans: Candidates, numbers: 
     domains, chosen = 1 / inside, model.experts_per_token
     near, each = np.maximum(plans.ep * inside, 1), np.maximum(chosen * inside, 1)
     distinct = domains * (1 - (1 - inside) ** chosen) / chosen
+    handed = near * (1 - (1 - 1 / near) ** each) / each
+    if numbers.in_order:
+        local = np.maximum(model.experts / plans.ep, 1.0)
+        distinct = np.minimum(distinct, 1 / chosen + 1 / (local * near))
+        handed = np.minimum(handed, 1 / chosen + 1 / local)
     away = np.maximum(1 - inside, machine.oversubscription * _other_racks(machine, plans))
     outside = away * distinct / device.network_bytes_per_s
-    handed = near * (1 - (1 - 1 / near) ** each) / each
     seconds = size * ((1 - 1 / plans.ep) * handed / device.node_bytes_per_s + outside) / ALL_TO_ALL
     seen = 1 - numbers.expert_overlap * (plans.interleave > 1)
     return with_experts * 2 * np.where(plans.ep == 1, 0.0, seen * seconds + 2 * device.latency_s)

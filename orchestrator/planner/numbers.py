@@ -53,8 +53,15 @@ class Numbers:
     """`tp` divides experts, too; else each is whole, and `ep` counts the ranks of `tp`."""
     routing_s: float = 2.7e-3
     """What the host needs at least for a layer with experts, forward: it waits for counts of tokens, and launches."""
-    expert_s: float = 5e-5
+    expert_s: float = 0.0
     """Of each expert on a device, forward: its products and casts are launched one by one."""
+    grouped: float = 0.85
+    """Rate of the products of several experts, relative to that of one."""
+    scanned: float = 20.0
+    """Passes through memory of the queries of a layer whose attention does not see all: a window, or a state-space scan
+    of five kernels and a convolution."""
+    in_order: bool = False
+    """Tokens are dealt to experts in turn, as benchmarks do: those of a token are neighbours."""
     fused_experts: bool = False
     """Gated experts in fp8 do products, activation and casts in one kernel."""
     expert_overlap: float = 0.0
@@ -95,6 +102,9 @@ MEGATRON = Numbers(
     stops_early=False,
     tensor_overlap=0.6,
     experts_divided=False,
+    expert_s=5e-5,
+    grouped=0.5,
+    scanned=90.0,
     expert_overlap=0.5,
     narrow_inputs=True,
     logit_bytes=4,
@@ -115,3 +125,14 @@ MEGATRON_2022 = replace(
 
 COMPOSER = replace(Numbers(), attention_limit=1.7e14, logit_bytes=2)
 """MosaicML's Composer of 2023: FSDP, attention kernels that know nothing of Hopper, a loss computed in place."""
+
+AUTOMODEL = replace(
+    Numbers(),
+    gradient_bytes=2,
+    optimizer_bytes=4,
+    attention=MEGATRON.attention,
+    in_order=True,
+    logit_bytes=2,
+)
+"""NeMo AutoModel as its performance tables run it: FSDP2, all states in 16 bits, attention of cuDNN, a gate that deals
+tokens out in turn."""

@@ -7,12 +7,13 @@ Columns, all but the first five optional; an empty cell is a missing column:
   `dtype`, `tp_size`, `pp_size`, `cp_size`, `ep_size`, `vp_size`, and `model` with `size` (`llama3`, `70b`)
 - `model` (a known name) or `layers, hidden, heads, vocab` and, where they are not heads, 4 x hidden and no gate:
   `kv_heads, ffn_hidden, gated` (1 or 0), `tied` (1 or 0, else tied where the model is not of the Llama family)
-- `tp, cp, ep`: 1 where missing; `pp, mbs, vpp` where missing are chosen as the fastest that fit, but `vpp` is 1 where
-  a `schedule` does not say that it interleaves; the data-parallel size is what is left of `n_gpus`
+- `tp, cp`: 1 where missing; `pp, mbs, vpp`, and `ep` of a model with experts, where missing are chosen as the fastest
+  that fit, but `vpp` is 1 where a `schedule` does not say that it interleaves; the data-parallel size is what is left
+  of `n_gpus`
 - `fsdp`: ranks that share states (else all data-parallel ones); `zero_stage`: else 3 with `fsdp`, and without it 1, or
   3 where a whole copy does not fit
-- `recompute`: `full`, `selective...`, or `none`; empty = the fastest that fits; `precision`: contains fp4, fp8, bf16,
-  fp16 or fp32, and `rowwise` where each row has a scale
+- `recompute`: `full`, `selective...`, or `none`; empty = the fastest that fits, but full for AutoModel
+- `precision`: contains fp4, fp8, bf16, fp16 or fp32, and `rowwise` where each row has a scale
 - `software`, and what `schedule`, `src`, `source` and `notes` tell of it: Megatron or NeMo, torchtitan (else taken for
   it), DeepSpeed (of 2022: `numbers.SOFTWARE_2022`), its month (`26.02`, `202412`), `async` for asynchronous collectives
   of `tp`; `tokendrop` there or in `model` for experts of fixed capacity
@@ -37,7 +38,7 @@ from orchestrator.core.spec import ModelSpec
 from orchestrator.planner.evaluate import Row, measured_flops
 from orchestrator.planner.hardware import CATALOGUE, GIB, Machine, find
 from orchestrator.planner.models import known
-from orchestrator.planner.numbers import COMPOSER, MEGATRON, MEGATRON_2022, SOFTWARE_2022, Numbers
+from orchestrator.planner.numbers import AUTOMODEL, COMPOSER, MEGATRON, MEGATRON_2022, SOFTWARE_2022, Numbers
 
 NODE = 8
 """Devices of a node, where nothing says otherwise."""
@@ -180,15 +181,15 @@ class _Cells:
                 f"{self.where}: n_gpus {devices} is no multiple of tp {tp} x pp {pp or 1} x cp {cp}: correct one"
             )
         shards = int(self.number("fsdp", 0) or 0)
-        recompute, schedule = self.text("recompute").lower(), self.text("schedule").lower()
+        schedule = self.text("schedule").lower()
         chunks = self.count("vpp") or (1 if schedule and "interleaved" not in schedule else None)
         size = self.count("mbs") or self._default_size(devices // (tp * cp), batch, pp)
         row = Row(
             row_id=self.row_id,
             model=model, machine=machine, numbers=self._numbers(), devices=devices, global_batch=batch, tp=tp, pp=pp,
             interleave=chunks, micro_batch=size,
-            cp=cp, ep=self.count("ep", 1) or 1, dp_shard=shards if shards > 1 else None,
-            zero=self._zero(shards), recomputation=_recomputation(recompute),
+            cp=cp, ep=self.count("ep", None if model.experts else 1), dp_shard=shards if shards > 1 else None,
+            zero=self._zero(shards), recomputation=self._recomputation(),
             measured_bytes=(self.number("mem_gib") or 0) * GIB or None, out_of_memory=bool(self.number("oom", 0)),
         )  # fmt: skip
         return replace(row, measured_s=self._seconds(row))
@@ -209,6 +210,14 @@ class _Cells:
         if stage not in (None, 0, 1, 2, 3):
             raise self.wrong("zero_stage", "not 0, 1, 2 or 3")
         return None if stage is None else int(stage)
+
+    def _recomputation(self) -> int | None:
+        said = self.text("recompute").lower()
+        if not said and "automodel" in self._told():  # as its recipes have it
+            return 2
+        if not said or "/" in said:
+            return None
+        return 2 if said.startswith("full") else 1 if said.startswith("selective") else 0
 
     def _model(self) -> ModelSpec:
         name, seq = " ".join(filter(None, (self.text("model"), self.text("size")))), self.count("seq")
@@ -265,6 +274,8 @@ class _Cells:
         if "deepspeed" in told and not FLASH <= released < LATEST:
             # Gradients are summed in the type of the products, or in fp32 beside them.
             return replace(SOFTWARE_2022, gradient_bytes=6 if "bf16" in self.text("precision") else 2)
+        if "automodel" in told:
+            return AUTOMODEL
         if _MEGATRON.search(told):
             return _megatron(told, released)
         if _COMPOSER.search(told):
@@ -305,9 +316,3 @@ def _megatron(told: str, released: int) -> Numbers:
         return replace(MEGATRON_2022, sequence_parallel=released >= 2201, fused_attention=released >= FLASH)
     dropping = "tokendrop" in told  # shapes known ahead: nothing to wait for
     return replace(MEGATRON, fused_experts=released >= 2606, routing_s=0.0 if dropping else MEGATRON.routing_s)
-
-
-def _recomputation(said: str) -> int | None:
-    if not said or "/" in said:
-        return None
-    return 2 if said.startswith("full") else 1 if said.startswith("selective") else 0

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.planner.evaluate import Row, predict
 from orchestrator.planner.hardware import CATALOGUE, GIB
 from orchestrator.planner.models import known
-from orchestrator.planner.numbers import COMPOSER, MEGATRON, MEGATRON_2022, SOFTWARE_2022, Numbers
+from orchestrator.planner.numbers import AUTOMODEL, COMPOSER, MEGATRON, MEGATRON_2022, SOFTWARE_2022, Numbers
 from orchestrator.planner.rows import parse_rows
 
 TITAN = replace(Numbers(), logit_bytes=2)
@@ -38,6 +38,7 @@ def row(**cells: str) -> Row:
         ({"schedule": "vanilla tp, not async"}, TITAN),
         ({"software": "llm-foundry 2023"}, COMPOSER),
         ({"model": "mpt-7b"}, COMPOSER),
+        ({"software": "NeMo AutoModel 25.10"}, AUTOMODEL),
         ({"software": "NeMo 25.04"}, MEGATRON),
         ({"software": "Megatron-LM"}, replace(MEGATRON, fused_experts=True)),
         ({"software": "NeMo 24.01"}, MEGATRON),
@@ -68,6 +69,27 @@ def test_another_token_predicted_is_another_layer() -> None:
     plain, more = row(model="deepseek-v3"), row(model="DeepSeek-V3 (w/ MTP)")
     assert plain.model == replace(known("deepseek-v3"), seq_length=8192)  # type: ignore[type-var]
     assert more.model == replace(plain.model, layers=plain.model.layers + 1)
+
+
+def test_what_automodel_leaves_out_is_recomputed() -> None:
+    assert row(software="NeMo AutoModel").recomputation == row(recompute="full").recomputation
+    assert row(software="NeMo AutoModel", recompute="none").recomputation == row(recompute="none").recomputation
+    assert row().recomputation is None
+
+
+def test_the_fastest_division_of_experts_is_taken_where_none_is_said() -> None:
+    experts = {"model": "qwen3-30b-a3b", "n_gpus": "16", "gbs": "256", "mbs": "2", "fsdp": "16", "pp": "1"}
+    steps = [predict(row(**experts, ep=str(ep))).step_s for ep in (1, 2, 4, 8, 16)]
+    assert predict(row(**experts)).step_s == min(steps) < max(steps)
+    assert row(model="llama3-8b").ep == 1
+
+
+def test_tokens_dealt_out_in_turn_hardly_leave_a_node() -> None:
+    """Eight neighbours of 256 experts are on two or three of 64 devices; at random, on seven of eight nodes."""
+    said = {"model": "deepseek-v3", "n_gpus": "256", "gbs": "512", "pp": "4", "ep": "64", "mbs": "1", "fsdp": "64"}
+    dealt = row(**said, software="NeMo AutoModel")
+    at_random = predict(replace(dealt, numbers=replace(dealt.numbers, in_order=False)))
+    assert at_random.time.expert[0] > 3 * predict(dealt).time.expert[0]
 
 
 def test_a_network_holds_for_all_rows_of_its_cluster_and_for_no_others() -> None:
