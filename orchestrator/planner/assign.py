@@ -10,7 +10,7 @@ from orchestrator.planner.pool import Pool, natural
 
 
 def assign(pool: Pool, mesh: Mesh, min_nodes: int, previous: Assignment | None, slow_first: bool = False) -> Assignment:
-    """Contiguous ranks on as few nodes as possible, but at least `min_nodes`; needs `mesh` to fit the pool.
+    """Contiguous ranks on the fastest nodes, few but at least `min_nodes`; needs `mesh` to fit the pool.
 
     Of nodes that are as good they are those of the fewest racks, then those of `previous`; ranks go rack by rack, as
     far as nodes of a rack are as fast as each other. The fastest come first, or with `slow_first` last.
@@ -19,9 +19,11 @@ def assign(pool: Pool, mesh: Mesh, min_nodes: int, previous: Assignment | None, 
     roomy = sum(node.devices >= mesh.tp for node in pool.nodes)
     whole = pool.aligned(mesh.tp) >= world and min(roomy, world // mesh.tp) >= min_nodes
     order = _Order(pool, mesh.tp if whole else 1, previous)
-    ordered = sorted(pool.nodes, key=lambda node: (order.worth(node), order.age[node.node]))
-    needed = max(min_nodes, len(_fill(ordered[: pool.limit], world, order.unit)))
-    ranked = order.of_ranks(_in_fewest_racks(ordered, needed, order), slow_first)
+    useful = [node for node in pool.nodes if order.room(node)]
+    roomiest = sorted(useful, key=lambda node: (order.room(node), order.worth(node), order.age[node.node]))
+    ordered = sorted(roomiest[: pool.limit], key=lambda node: (order.worth(node), order.age[node.node]))
+    needed = max(min_nodes, len(_fill(ordered, world, order.unit)))
+    ranked = order.of_ranks(_in_fewest_racks(ordered[:needed], roomiest, order), slow_first)
     best = sorted(ranked, key=order.worth)
     shares = _fill(best, world, order.unit)
     if len(shares) < min_nodes:
@@ -47,9 +49,13 @@ class _Order:
         """Whether it was not used before."""
         return self.age[node.node][0] == self._new
 
-    def worth(self, node: NodeCapacity) -> tuple[int, float]:
-        """Most devices first, then the fastest; nodes of the same worth are as good as each other."""
-        return -(node.devices // self.unit), -self._pool.speed_of(node.node)
+    def room(self, node: NodeCapacity) -> int:
+        """Most devices first: where not all nodes may be used, those that hold most are."""
+        return -(node.devices // self.unit)
+
+    def worth(self, node: NodeCapacity) -> tuple[float, int]:
+        """The fastest first, as estimates count them, then most devices; nodes of the same worth are as good."""
+        return -self._pool.speed_of(node.node), self.room(node)
 
     def of_ranks(self, nodes: Sequence[NodeCapacity], slow_first: bool) -> list[NodeCapacity]:
         """The fastest first, or last; of each speed rack by rack, as their oldest nodes go."""
@@ -72,14 +78,13 @@ def _by_rack(nodes: Sequence[NodeCapacity]) -> dict[str, list[NodeCapacity]]:
     return found
 
 
-def _in_fewest_racks(ordered: Sequence[NodeCapacity], needed: int, order: _Order) -> list[NodeCapacity]:
-    """The first `needed` nodes, but of those as good as the last of them the ones that add fewest racks."""
-    first = ordered[:needed]
-    if len(first) == len(ordered):
-        return list(first)
+def _in_fewest_racks(first: list[NodeCapacity], nodes: Sequence[NodeCapacity], order: _Order) -> list[NodeCapacity]:
+    """These of all `nodes`, but instead of those as good as the last of them the ones that add fewest racks."""
+    if len(first) == len(nodes):
+        return first
     worth = order.worth(first[-1])
     sure = [node for node in first if order.worth(node) != worth]
-    members = _by_rack([node for node in ordered if order.worth(node) == worth])
+    members = _by_rack([node for node in nodes if order.worth(node) == worth])
     wanted = len(first) - len(sure)
     racks = [rack for rack in _by_rack(sure) if rack in members]
     others = sorted(members.keys() - set(racks), key=lambda rack: _few_new(members[rack], order))

@@ -39,7 +39,7 @@ class Pool:
     oversubscription: float = 1.0
     """How many times thinner the network between racks is than inside them."""
     devices_by_speed: tuple[tuple[float, int], ...] = field(init=False, repr=False, compare=False)
-    """(speed, devices that have it), the slowest first."""
+    """(speed, devices that have it) of as many nodes as may be used, the slowest first."""
     _sizes: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     """(devices, number of nodes that have so many)."""
     _rack: int = field(init=False, repr=False, compare=False)
@@ -49,8 +49,9 @@ class Pool:
     def __post_init__(self) -> None:
         sizes = Counter(node.devices for node in self.nodes)
         object.__setattr__(self, "_sizes", tuple(sizes.items()))
+        roomiest = sorted(self.nodes, key=lambda node: (-node.devices, -self.speed_of(node.node)))
         speeds: Counter[float] = Counter()
-        for node in self.nodes:
+        for node in roomiest[: self.limit]:
             speeds[self.speed_of(node.node)] += node.devices
         object.__setattr__(self, "devices_by_speed", tuple(sorted(speeds.items())))
         object.__setattr__(self, "_rack", _rack(self.nodes) if self.oversubscription > 1 else 0)

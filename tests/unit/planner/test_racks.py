@@ -125,9 +125,7 @@ def test_nodes_of_other_sizes_and_speeds_keep_their_places() -> None:
     assert found.names == ("node-1", "node-6", "node-7", "node-8", "node-3", "node-4"), "the rest fits into c alone"
     small = replace(sizes, nodes=sizes.nodes[:2], faster={"node-2": 1.5})
     found = assign(small, Mesh(dp_shard=5), 1, None)
-    assert [(part.node, part.devices) for part in found] == [("node-2", 1), ("node-1", 4)], (
-        "large ones are filled first"
-    )
+    assert [(part.node, part.devices) for part in found] == [("node-2", 2), ("node-1", 3)], "fast ones are filled first"
 
 
 def test_a_node_that_is_named_twice_counts_once_whatever_comes_first() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.spec import AxisBounds, ModelSpec
-from orchestrator.core.types import NodeCapacity
+from orchestrator.core.types import Mesh, NodeCapacity
+from orchestrator.planner.assign import assign
 from orchestrator.planner.candidates import Candidates
 from orchestrator.planner.cost import time_terms
 from orchestrator.planner.judge import judge
@@ -91,6 +92,29 @@ def test_no_number_of_replicas_is_faster_together(speeds: list[float], pp: int, 
     one = replace(one, pp=one.pp * pp, tp=one.tp * tp)
     found = most_speed(pool, one, np.array([least]), np.array([most]))[0]
     assert found == pytest.approx(max(map(together, range(least, most + 1))))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.sampled_from([0.5, 0.8, 1.0])), min_size=1, max_size=7),
+    st.integers(1, 7), st.integers(1, 3), st.integers(1, 28),
+)  # fmt: skip
+def test_ranks_lie_on_the_nodes_that_were_counted(
+    sizes: list[tuple[int, float]], limit: int, pp: int, replicas: int
+) -> None:
+    capacity = [NodeCapacity(f"node-{at}", size, speed=speed) for at, (size, speed) in enumerate(sizes)]
+    spec = job(max_nodes=limit)
+    pool = max(pools(spec, usable(spec, capacity)), key=lambda one: len(one.nodes))
+    if pp * replicas > pool.devices:
+        return
+    mesh = Mesh(pp=pp, dp_shard=replicas)
+    assigned = assign(pool, mesh, 1, None)
+    assert len(assigned.names) <= limit
+    plans = Candidates(*np.ones((14, 1), np.int64))
+    plans = replace(plans, pp=plans.pp * pp, dp_shard=plans.dp_shard * replicas)
+    counted = [speed for speed, count in zip(pool.speeds, replicas_of(pool, plans)[:, 0], strict=True)
+               for _ in range(count)]  # fmt: skip
+    assert sorted(replica_speeds(mesh, assigned, pool)) == counted
 
 
 def test_equal_shares_are_taken_where_they_need_fewer_micro_batches() -> None:
