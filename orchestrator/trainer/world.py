@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,9 +108,20 @@ def join(mesh: Mesh, device: torch.device) -> World:
 
 
 def _init_process_group(rank: int, size: int, device: torch.device) -> None:
+    atexit.register(_leave)
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=size, device_id=device_id)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+
+
+def _leave() -> None:
+    """At exit: torch's threads must end before the interpreter does, else the process may abort although all went well
+    (pytorch/pytorch#190489).
+
+    Not after an exception: peers may wait for this rank in a collective, and leaving would wait for them.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
