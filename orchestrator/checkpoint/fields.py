@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -37,31 +37,28 @@ def naming(error: CorruptCheckpoint, tensor: str) -> CorruptCheckpoint:
     return corrupt(error.file, error.reason, tensor)
 
 
-def parse_object(text: bytes, file: str) -> Fields:
-    """The JSON object in `text`; raises `CorruptCheckpoint` when it is not one or repeats a key."""
+def parse_object(text: bytes, file: str, typed: Collection[str] = ()) -> Fields:
+    """The JSON object in `text`; raises `CorruptCheckpoint` when it is not one, repeats a key or is too deep.
+
+    How deep the members `typed` are is not looked at: the caller asks for every value in them by its type.
+    """
     try:
         data = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise corrupt(file, f"it is not JSON ({type(error).__name__}: {str(error)[:200]})") from error
     if not isinstance(data, dict):
         raise corrupt(file, f"it holds a {type(data).__name__} where an object is expected")
-    if _deep(data):
+    if _deep([value for key, value in data.items() if key not in typed]):
         raise corrupt(file, f"its values are nested more than {MAX_DEPTH} deep")
     return Fields(data, file)
 
 
-def _deep(data: dict[str, Any]) -> bool:
-    level: list[Any] = [data]
-    for _ in range(MAX_DEPTH):
-        level = [member for one in level for member in _containers(one)]
+def _deep(members: list[Any]) -> bool:
+    level = [one for one in members if isinstance(one, dict | list)]
+    for _ in range(MAX_DEPTH - 1):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [member for some in inner for member in some if isinstance(member, dict | list)]
     return bool(level)
-
-
-def _containers(one: Any) -> list[Any]:
-    members = one.values() if isinstance(one, dict) else one
-    if set(map(type, members)).isdisjoint((dict, list)):  # a long list of numbers: no loop over it
-        return []
-    return [member for member in members if isinstance(member, dict | list)]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,9 +156,12 @@ class Fields:
             raise self.fail(f"{key} is {short(value)} where an object is expected")
         return value
 
-    def object(self, key: str) -> Fields:
-        """An object, to be asked for its members."""
-        return Fields(self.mapping(key), self.file, self.tensor)
+    def object(self, key: str, *members: str) -> Fields:
+        """An object that has no other members than these."""
+        value = self.mapping(key)
+        if other := next((name for name in value if name not in members), None):
+            raise self.fail(f"{key} has a member {short(other)}, which is unknown")
+        return Fields(value, self.file, self.tensor)
 
     def objects(self, key: str) -> Iterator[Fields]:
         """A list of objects."""

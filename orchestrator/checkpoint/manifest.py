@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from orchestrator.checkpoint.fields import Fields, corrupt, parse_object
-from orchestrator.checkpoint.part_tensors import PartTensor, PartTensors, part_data, part_tensors
+from orchestrator.checkpoint.part_tensors import MEMBERS, PartTensor, PartTensors, part_data, part_tensors
 
 PART_FORMAT = "regrow-part"
 MANIFEST_FORMAT = "regrow-checkpoint"
@@ -126,7 +126,7 @@ def encode_part(part: PartManifest[Sequence[PartTensor]]) -> bytes:
 
 def decode_part(text: bytes, file: str) -> PartManifest[PartTensors]:
     """The part manifest in `text`, every range checked; raises `CorruptCheckpoint` naming `file` (and the tensor)."""
-    fields = parse_object(text, file)
+    fields = parse_object(text, file, MEMBERS)
     fields.expect("format", PART_FORMAT)
     fields.expect("version", PART_VERSION)
     part = PartManifest(

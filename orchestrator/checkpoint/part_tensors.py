@@ -27,6 +27,8 @@ from orchestrator.checkpoint.rows import Column, Rows
 LARGEST_CHUNK_BYTES = 1 << 62
 """No chunk is larger: half of `LARGEST`, so that a product in floating point tells which are not."""
 HEX = frozenset("0123456789abcdef")
+MEMBERS = ("parameters", "forms", "boxes", "tensors", "chunks")
+"""What `part_tensors` reads, every value of it."""
 Key = TypeVar("Key")
 
 
@@ -169,8 +171,10 @@ def part_tensors(fields: Fields) -> PartTensors:
     That the chunks tile their file is for the caller to see.
     """
     parameters, (forms, shapes), boxes = fields.texts("parameters"), _forms(fields), _boxes(fields)
-    parameter, form, counts = _tensors(fields.object("tensors"), len(parameters), len(forms))
-    box, begin, digests = _chunks(fields.object("chunks"), len(boxes.offsets))
+    parameter, form, counts = _tensors(
+        fields.object("tensors", "parameter", "form", "chunks"), len(parameters), len(forms)
+    )
+    box, begin, digests = _chunks(fields.object("chunks", "box", "begin", "digest"), len(boxes.offsets))
     if counts.max(initial=0) > len(box) or counts.sum() != len(box):  # the first, lest the sum be beyond 64 bits
         raise fields.fail(f"its tensors do not have the {len(box)} chunks that it lists")
     names = _names(parameters, forms, parameter, form)
@@ -197,7 +201,7 @@ class _Places:
 
 
 def _forms(fields: Fields) -> tuple[list[Form], Rows]:
-    columns = fields.object("forms")
+    columns = fields.object("forms", *Form._fields)
     states, kinds, dtypes = columns.optional_texts("state"), columns.texts("kind"), columns.texts("dtype")
     shapes = columns.rows("shape")
     _require_equal_lengths(columns, "forms", states, kinds, dtypes, shapes)
@@ -205,7 +209,7 @@ def _forms(fields: Fields) -> tuple[list[Form], Rows]:
 
 
 def _boxes(fields: Fields) -> Boxes:
-    columns = fields.object("boxes")
+    columns = fields.object("boxes", "offsets", "sizes")
     offsets, sizes = columns.rows("offsets"), columns.rows("sizes")
     _require_equal_lengths(columns, "boxes", offsets, sizes)
     unequal = np.flatnonzero(offsets.lengths != sizes.lengths)
@@ -281,7 +285,7 @@ def _sizes_bytes(
     dimensions = boxes.offsets.lengths[box]
     outside = dimensions != shapes.lengths[form]
     found: Column = np.zeros(len(form), np.int64)
-    for length in np.unique(dimensions[~outside]).tolist():
+    for length in np.flatnonzero(np.bincount(dimensions[~outside])).tolist():
         here = np.flatnonzero(~outside & (dimensions == length))
         offsets, sizes = boxes.taken(box[here], length)
         outside[here] = (sizes > shapes.taken(form[here], length) - offsets).any(axis=1)

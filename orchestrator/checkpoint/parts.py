@@ -6,6 +6,7 @@ The folder may be a directory or lie in an object store; its name is the checkpo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -141,7 +142,7 @@ class _Merging:
         """Take in one more part; raises `CorruptCheckpoint` when it disagrees with an earlier one."""
         held = part.tensors
         forms = _numbers(self._forms, held.forms)[held.form]
-        tensors = self._numbers(part, forms.tolist())
+        tensors = self._numbers(part, forms)
         differing = np.flatnonzero(np.array(self._form, np.int64)[tensors] != forms)
         if differing.size:
             raise self._disagreement(part, tensors[differing[0]], forms[differing[0]])
@@ -150,17 +151,15 @@ class _Merging:
         self._columns.append((tensors[held.owner], boxes[held.box], held.begin))
         self._digests.append(held.digests)
 
-    def _numbers(self, part: PartManifest[PartTensors], forms: Sequence[int]) -> Column:
+    def _numbers(self, part: PartManifest[PartTensors], forms: Column) -> Column:
         """Of the part's tensors, new ones among them. Equal names of equal forms are of equal parameters, too."""
         held = part.tensors
-        numbers = list(map(self._tensors.get, held.names))
-        if None in numbers:
-            parameters = held.parameter.tolist()
-            for at in (at for at, number in enumerate(numbers) if number is None):
-                numbers[at] = self._tensors[held.names[at]] = len(self._firsts)
-                self._firsts.append((held.parameters[parameters[at]], part.rank))
-                self._form.append(forms[at])
-        return np.array(numbers, np.int64)
+        numbers = np.array(list(map(self._tensors.get, held.names, repeat(-1))), np.int64)
+        for at in np.flatnonzero(numbers < 0).tolist():
+            numbers[at] = self._tensors[held.names[at]] = len(self._firsts)
+            self._firsts.append((held.parameters[held.parameter[at]], part.rank))
+            self._form.append(int(forms[at]))
+        return numbers
 
     def _disagreement(self, part: PartManifest[PartTensors], tensor: int, form: int) -> CorruptCheckpoint:
         forms = list(self._forms)
@@ -170,18 +169,16 @@ class _Merging:
 
     def tensors(self) -> dict[str, LogicalTensor]:
         """All of them, each with its chunks in the order of the parts."""
-        columns, ends = self._ordered()
-        starts, forms, found = [0, *ends[:-1]], list(self._forms), {}
-        for name, (parameter, _), form, first, last in zip(
-            self._tensors, self._firsts, self._form, starts, ends, strict=True
-        ):
-            state, kind, dtype, shape = forms[form]
+        (columns, edges), forms, found = self._ordered(), list(self._forms), {}
+        for number, (name, (parameter, _)) in enumerate(zip(self._tensors, self._firsts, strict=True)):
+            state, kind, dtype, shape = forms[self._form[number]]
+            first, last = edges[number : number + 2]
             chunks = ColumnChunks(columns, len(shape), first, last)
             found[name] = LogicalTensor(name, parameter, state, kind, dtype, shape, chunks)
         return found
 
     def _ordered(self) -> tuple[Columns, list[int]]:
-        """All chunks, tensor by tensor, and where each tensor's end."""
+        """All chunks, tensor by tensor, and where each tensor's begin; the last of these is where all end."""
         nothing = np.zeros(0, np.int64)
         tensor, box, begin = map(np.concatenate, zip((nothing,) * 3, *self._columns, strict=True))
         part = np.repeat(np.arange(len(self._files)), [len(one) for one, _, _ in self._columns])
@@ -189,7 +186,7 @@ class _Merging:
         ends: list[int] = np.cumsum(np.bincount(tensor, minlength=len(self._form))).tolist()
         boxes, digests = Boxes.of(self._boxes), b"".join(self._digests)
         box, part, begin = (_narrow(column[order]) for column in (box, part, begin))
-        return Columns(boxes, box, part, begin, _narrow(order), self._files, digests), ends
+        return Columns(boxes, box, part, begin, _narrow(order), self._files, digests), [0, *ends]
 
 
 def _numbers(known: dict[Key, int], keys: Iterable[Key]) -> Column:
