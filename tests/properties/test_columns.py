@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.checkpoint import columns
 from orchestrator.checkpoint.layout import ITEM_BYTES, Box, Chunk, LazyChunks, LogicalTensor
 from orchestrator.checkpoint.manifest import PartManifest, data_name, decode_part, encode_part
 from orchestrator.checkpoint.part_tensors import PartChunk, PartTensor
@@ -140,6 +142,26 @@ def test_coverage_and_copies_are_those_of_the_plain_chunks(parts: list[Part], da
         assert flaw_of(tensor.shape, tensor.chunks) == flaw(tensor.shape, (chunk.box for chunk in plain))
         wanted = data.draw(boxes(tensor.shape))
         assert plan_copies(wanted, tensor.chunks) == plan_copies(wanted, plain)
+
+
+def test_only_the_chunks_that_are_read_become_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Box] = []
+
+    def chunk(box: Box, *rest: Any) -> Chunk:
+        made.append(box)
+        return Chunk(box, *rest)
+
+    monkeypatch.setattr(columns, "Chunk", chunk)
+    rows = [Box((2 * rank, 0), (2, 3)) for rank in range(64)]
+    parts = [
+        part(rank, 64, [PartTensor("w", None, "parameter", "U8", (128, 3), (PartChunk(box, 0, 0, "0" * 32),))])
+        for rank, box in enumerate(rows)
+    ]
+    tensor = merged(parts)["w"]
+    assert flaw_of(tensor.shape, tensor.chunks) is None and len(tensor.chunks) == 64 and not made
+    plan = plan_copies(Box((63, 1), (3, 2)), tensor.chunks)
+    assert [copy.chunk.file for copy in plan.copies] == [data_name(31), data_name(32)]
+    assert made == rows[31:33]
 
 
 def test_a_box_of_another_number_of_dimensions_is_no_question() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.checkpoint.fields import MAX_DEPTH
 from orchestrator.checkpoint.layout import Box
 from orchestrator.checkpoint.manifest import (
     Manifest,
@@ -160,7 +161,11 @@ def both(*changes: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]
             for value in ("4", True, 1.0, None, [], {}, -1, 2**63, -(2**63) - 1, 10**30)
             for group, key in (("forms", "shape"), ("boxes", "offsets"), ("boxes", "sizes"))
         ),
-        # columns that do not go together
+        # columns that do not go together, or that nobody knows
+        *(
+            (edit(group, "end", value=[]), f"{group} has a member 'end', which is unknown")
+            for group in ("forms", "boxes", "tensors", "chunks")
+        ),
         (grown("forms", "shape", value=[]), "columns of its forms have 3, 3, 3, 4 members"),
         *((grown("forms", key, value="F32"), r"columns of its forms have .*4.* members") for key in ("state", "kind")),
         (grown("forms", "dtype", value="F32"), "columns of its forms have 3, 3, 4, 3 members"),
@@ -243,6 +248,23 @@ def test_a_part_manifest_that_does_not_hold_together(change: Callable[[Any], Non
     change(data)
     with pytest.raises(CorruptCheckpoint, match=f"checkpoint file part-00001.json is corrupt.*{words}"):
         decode_part(json.dumps(data).encode(), "part-00001.json")
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for at in range(depth):
+        value = [value] if at % 2 else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("key", ["state", "remark"])
+def test_depth_is_bounded_wherever_values_are_taken_as_they_are(key: str) -> None:
+    data = json.loads(encode_part(PART))
+    data[key] = {"deep": nested(MAX_DEPTH - 2)}
+    decode_part(json.dumps(data).encode(), "f")
+    data[key] = {"deep": nested(MAX_DEPTH - 1)}
+    with pytest.raises(CorruptCheckpoint, match=f"nested more than {MAX_DEPTH} deep"):
+        decode_part(json.dumps(data).encode(), "f")
 
 
 def test_overlapping_byte_ranges_are_found() -> None:
