@@ -15,7 +15,7 @@ from orchestrator.checkpoint.layout import ITEM_BYTES, Box, Chunk, LazyChunks, L
 from orchestrator.checkpoint.manifest import PartManifest, data_name, decode_part, encode_part
 from orchestrator.checkpoint.part_tensors import PartChunk, PartTensor
 from orchestrator.checkpoint.parts import merge_parts
-from orchestrator.checkpoint.reshard import flaw, flaw_of, plan_copies
+from orchestrator.checkpoint.reshard import flaw, flaw_of, intersect, plan_copies
 from orchestrator.core.errors import CorruptCheckpoint
 from tests.properties.test_reshard import SHAPES, boxes, partitions
 
@@ -142,6 +142,41 @@ def test_coverage_and_copies_are_those_of_the_plain_chunks(parts: list[Part], da
         assert flaw_of(tensor.shape, tensor.chunks) == flaw(tensor.shape, (chunk.box for chunk in plain))
         wanted = data.draw(boxes(tensor.shape))
         assert plan_copies(wanted, tensor.chunks) == plan_copies(wanted, plain)
+        if wanted.elements:
+            assert isinstance(tensor.chunks, LazyChunks)
+            touching = [chunk for chunk in plain if intersect(wanted, chunk.box) is not None]
+            assert list(tensor.chunks.touching(wanted)) == touching
+
+
+ROWS: list[tuple[list[tuple[int, int]], str | None]] = [
+    ([(0, 6)], None),
+    ([(0, 6), (0, 6)], None),
+    ([(3, 6), (0, 3)], None),
+    ([(0, 1), (1, 5), (5, 6), (1, 5)], None),
+    ([(0, 4), (3, 6)], "overlap"),
+    ([(0, 6), (0, 3)], "overlap"),
+    ([(0, 3), (0, 4), (4, 6)], "overlap"),
+    ([(0, 3), (4, 6)], "no chunk holds [3:4, 0:2]"),
+    ([(1, 3), (3, 6)], "no chunk holds [0:1, 0:2]"),
+    ([(0, 3), (3, 5)], "no chunk holds [5:6, 0:2]"),
+    ([(0, 5)], "no chunk holds [5:6, 0:2]"),
+    ([], "no chunk holds [0:6, 0:2]"),
+]
+
+
+@pytest.mark.parametrize(("rows", "words"), ROWS)
+def test_coverage_of_a_tensor_that_is_divided_along_one_dimension(
+    rows: list[tuple[int, int]], words: str | None
+) -> None:
+    held = tuple(PartChunk(Box((first, 0), (last - first, 2)), 0, 0, "0" * 32) for first, last in rows)
+    alike = PartTensor("w", "exp_avg", "state", "BF16", (6, 2), held)
+    wider = PartTensor("b", None, "buffer", "F32", (7, 2), held)  # in the same boxes, which are never all of it
+    tensors = merged([part(0, 1, [PartTensor("w", None, "parameter", "F32", (6, 2), held), alike, wider])])
+    for tensor in tensors.values():
+        found = flaw_of(tensor.shape, tensor.chunks)
+        assert found == flaw(tensor.shape, (chunk.box for chunk in held))
+        assert (found is None) == (words is None and tensor.name != "b")
+        assert tensor.name == "b" or words is None or (found is not None and words in found)
 
 
 def test_only_the_chunks_that_are_read_become_objects(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.checkpoint.fields import MAX_DEPTH
-from orchestrator.checkpoint.layout import Box
+from orchestrator.checkpoint.fields import LARGEST, MAX_DEPTH
+from orchestrator.checkpoint.layout import ITEM_BYTES, KINDS, Box
 from orchestrator.checkpoint.manifest import (
     Manifest,
     PartEntry,
@@ -24,7 +25,7 @@ from orchestrator.checkpoint.manifest import (
     encode_part,
     parse_directory_name,
 )
-from orchestrator.checkpoint.part_tensors import PartChunk, PartTensor
+from orchestrator.checkpoint.part_tensors import PartChunk, PartTensor, PartTensors
 from orchestrator.core.errors import CorruptCheckpoint
 
 DIGEST = "0123456789abcdef" * 2
@@ -331,6 +332,20 @@ def test_no_edit_of_a_part_manifest_gets_further_than_corrupt_checkpoint(data: s
         part = decode_part(json.dumps(body).encode(), "f")
     except CorruptCheckpoint:
         return
+    require_invariants(part)
+
+
+def require_invariants(part: PartManifest[PartTensors]) -> None:
     chunks = sorted((chunk.begin, chunk.end) for tensor in part.tensors for chunk in tensor.chunks)
     assert [begin for begin, _ in chunks] == [part.header_bytes, *(end for _, end in chunks)][: len(chunks)]
     assert all(chunk.box.inside(tensor.shape) for tensor in part.tensors for chunk in tensor.chunks)
+    assert [part.header_bytes, *(end for _, end in chunks)][-1] == part.file_bytes
+    assert len({tensor.name for tensor in part.tensors}) == len(part.tensors)
+    for tensor in part.tensors:
+        assert tensor.kind in KINDS and (tensor.kind == "state") == (tensor.state is not None)
+        assert all(type(size) is int and 0 <= size <= LARGEST for size in tensor.shape)
+        for chunk in tensor.chunks:
+            assert chunk.end - chunk.begin == chunk.box.elements * ITEM_BYTES[tensor.dtype] > 0
+            assert re.fullmatch("[0-9a-f]{32}", chunk.digest)
+            numbers = (*chunk.box.offsets, *chunk.box.sizes, chunk.begin, chunk.end)
+            assert all(type(number) is int and 0 <= number <= LARGEST for number in numbers)
