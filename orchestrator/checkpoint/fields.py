@@ -159,7 +159,7 @@ class Fields:
     def object(self, key: str, *members: str) -> Fields:
         """An object that has no other members than these."""
         value = self.mapping(key)
-        if other := next((name for name in value if name not in members), None):
+        for other in value.keys() - set(members):
             raise self.fail(f"{key} has a member {short(other)}, which is unknown")
         return Fields(value, self.file, self.tensor)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from operator import add
 from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
@@ -244,10 +245,10 @@ def _require_equal_lengths(columns: Fields, name: str, *found: Sized) -> None:
 
 
 def _names(parameters: Sequence[str], forms: Sequence[Form], parameter: Column, form: Column) -> list[str]:
-    """As `tensor_name` makes them."""
+    """As `tensor_name` makes them; without a loop in Python, as there may be a million."""
+    endings = ["" if one.state is None else f".{one.state}" for one in forms]
     owners = map(parameters.__getitem__, parameter.tolist())
-    states = map([one.state for one in forms].__getitem__, form.tolist())
-    return [name if state is None else f"{name}.{state}" for name, state in zip(owners, states, strict=True)]
+    return list(map(add, owners, map(endings.__getitem__, form.tolist())))
 
 
 def _check_names(places: _Places) -> None:
@@ -295,7 +296,7 @@ def _sizes_bytes(
         words = f"offsets {short(list(boxes[box[at]].offsets))} and sizes {short(list(boxes[box[at]].sizes))}"
         raise places.of_chunk(at).fail(f"a chunk with {words} is outside {short(list(forms[form[at]].shape))}")
     for at in np.flatnonzero((found < 1) | (begin > LARGEST - found))[:1].tolist():
-        raise places.of_chunk(at).fail(f"chunk {boxes[box[at]]} has no bytes that can begin at {begin[at]}")
+        raise places.of_chunk(at).fail(f"chunk {boxes[box[at]]} at byte {begin[at]} is empty or larger than any file")
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.formats import native
+from orchestrator.checkpoint.heap import uncollected
 from orchestrator.checkpoint.layout import Box
 from orchestrator.checkpoint.manifest import PartManifest, data_name, digest_of, directory_name, encode_part, part_name
 from orchestrator.checkpoint.part_tensors import PartChunk, PartTensor
@@ -54,13 +55,14 @@ def measure() -> dict[str, Any]:
         del parts[1:]  # a million objects more would be walked by every collection of garbage
         rows: dict[str, list[float]] = {name: [] for name in ("json", "commit", "open", "plan", "write")}
         for _ in range(ROUNDS):
-            rows["json"].append(_seconds(lambda: [json.loads(text) for text in texts]))
+            rows["json"].append(_seconds(lambda: _parse(texts)))
             rows["commit"].append(_seconds(lambda: _commit(root, reports)))
             views: list[UniversalView] = []
             path = directory_name(1, 1)
             rows["open"].append(_seconds(lambda: views.append(native.open_view(root, path))))  # noqa: B023
             rows["plan"].append(_seconds(lambda: _plan(views[0], RANKS // 3, max(1, RANKS * 3 // 4))))  # noqa: B023
-            rows["write"].append(_seconds(lambda: encode_part(parts[0])))
+            with uncollected():
+                rows["write"].append(_seconds(lambda: encode_part(parts[0])))
             (root / path / "manifest.json").unlink()
     medians = {name: statistics.median(values) for name, values in rows.items()}
     counts = dict.fromkeys(medians, chunks) | {"write": sum(len(one.chunks) for one in parts[0].tensors)}
@@ -122,6 +124,12 @@ def _save(root: Path, parts: list[PartManifest[tuple[PartTensor, ...]]]) -> tupl
         reports.append(SaveReport(1, 1, part.rank, path, digest_of(text), part.file_bytes + len(text), 0.0, 0.0))
         texts.append(text)
     return reports, texts
+
+
+def _parse(texts: list[bytes]) -> None:
+    with uncollected():
+        for text in texts:
+            json.loads(text)
 
 
 def _commit(root: Path, reports: list[SaveReport]) -> None:

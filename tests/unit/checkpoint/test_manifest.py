@@ -164,8 +164,9 @@ def both(*changes: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]
         ),
         # columns that do not go together, or that nobody knows
         *(
-            (edit(group, "end", value=[]), f"{group} has a member 'end', which is unknown")
+            (edit(group, name, value=[]), f"{group} has a member '{name}', which is unknown")
             for group in ("forms", "boxes", "tensors", "chunks")
+            for name in ("end", "")
         ),
         (grown("forms", "shape", value=[]), "columns of its forms have 3, 3, 3, 4 members"),
         *((grown("forms", key, value="F32"), r"columns of its forms have .*4.* members") for key in ("state", "kind")),
@@ -212,18 +213,18 @@ def both(*changes: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]
         (edit("boxes", "offsets", 1, value=[2**63 - 1, 0]), r"at tensor w\.exp_avg: a chunk"),
         (edit("boxes", "sizes", 1, value=[2**63 - 1, 4]), r"at tensor w\.exp_avg: a chunk"),
         (edit("boxes", "offsets", 1, value=[4, 0]), r"at tensor w\.exp_avg: a chunk"),
-        (edit("boxes", "sizes", 1, value=[0, 4]), r"at tensor w\.exp_avg: chunk \[2:2, 0:4\] has no bytes"),
+        (edit("boxes", "sizes", 1, value=[0, 4]), r"at tensor w\.exp_avg: chunk \[2:2, 0:4\] at byte 112 is empty"),
         (
             both(edit("forms", "shape", 1, value=[2**63 - 1] * 2), edit("boxes", "sizes", 1, value=[2**32, 2**32])),
-            r"at tensor w\.exp_avg: chunk .* has no bytes that can begin at 112",
+            r"at tensor w\.exp_avg: chunk .* at byte 112 is empty or larger than any file",
         ),
         (
             both(edit("forms", "shape", 1, value=[2**63 - 1] * 2), edit("boxes", "sizes", 1, value=[2**31, 2**31 + 1])),
-            r"at tensor w\.exp_avg: chunk .* has no bytes that can begin at 112",
+            r"at tensor w\.exp_avg: chunk .* at byte 112 is empty or larger than any file",
         ),
         (
             edit("chunks", "begin", 1, value=2**63 - 1),
-            r"at tensor w\.exp_avg: chunk .* has no bytes that can begin at 9",
+            r"at tensor w\.exp_avg: chunk .* at byte 9223372036854775807 is",
         ),
         (edit("chunks", "begin", 1, value=0), r"at tensor w\.exp_avg: its byte range 0..16 should begin at 80"),
         (edit("chunks", "begin", 1, value=113), r"at tensor w\.exp_avg: its byte range 113..129 should begin at 112"),
