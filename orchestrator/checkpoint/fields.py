@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
+
+from orchestrator.checkpoint.rows import Column, Rows
 from orchestrator.core.errors import CorruptCheckpoint
 
 LARGEST = 2**63 - 1
@@ -32,24 +37,27 @@ def naming(error: CorruptCheckpoint, tensor: str) -> CorruptCheckpoint:
     return corrupt(error.file, error.reason, tensor)
 
 
-def parse_object(text: bytes, file: str) -> Fields:
-    """The JSON object in `text`; raises `CorruptCheckpoint` when it is not one or repeats a key."""
+def parse_object(text: bytes, file: str, typed: Collection[str] = ()) -> Fields:
+    """The JSON object in `text`; raises `CorruptCheckpoint` when it is not one, repeats a key or is too deep.
+
+    How deep the members `typed` are is not looked at: the caller asks for every value in them by its type.
+    """
     try:
         data = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise corrupt(file, f"it is not JSON ({type(error).__name__}: {str(error)[:200]})") from error
     if not isinstance(data, dict):
         raise corrupt(file, f"it holds a {type(data).__name__} where an object is expected")
-    if _deep(data):
+    if _deep([value for key, value in data.items() if key not in typed]):
         raise corrupt(file, f"its values are nested more than {MAX_DEPTH} deep")
     return Fields(data, file)
 
 
-def _deep(data: dict[str, Any]) -> bool:
-    level: list[Any] = [data]
-    for _ in range(MAX_DEPTH):
-        members = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [member for some in members for member in some if isinstance(member, dict | list)]
+def _deep(members: list[Any]) -> bool:
+    level = [one for one in members if isinstance(one, dict | list)]
+    for _ in range(MAX_DEPTH - 1):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [member for some in inner for member in some if isinstance(member, dict | list)]
     return bool(level)
 
 
@@ -80,35 +88,54 @@ class Fields:
         """A count, offset or length: an integer in `0..LARGEST`."""
         value = self._member(key)
         if type(value) is not int or not 0 <= value <= LARGEST:
-            raise self.fail(f"{key} is {_short(value)} where a count is expected")
+            raise self.fail(f"{key} is {short(value)} where a count is expected")
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
         """A list of counts."""
         values = self._list(key)
         if not all(type(value) is int and 0 <= value <= LARGEST for value in values):
-            raise self.fail(f"{key} is {_short(values)} where a list of counts is expected")
+            raise self.fail(f"{key} is {short(values)} where a list of counts is expected")
         return tuple(values)
+
+    def column(self, key: str) -> Column:
+        """A list of counts of any length, in one array."""
+        return self._column(key, self._list(key))
+
+    def rows(self, key: str) -> Rows:
+        """A list of lists of counts."""
+        values = self._list(key)
+        if not set(map(type, values)) <= {list}:
+            strange = next(value for value in values if type(value) is not list)
+            raise self.fail(f"{key} holds {short(strange)} where a list of counts is expected")
+        return Rows(values, self._column(key, list(chain.from_iterable(values))))
 
     def number(self, key: str) -> float:
         """A finite number that is not negative."""
         value = self._member(key)
         if type(value) not in (int, float) or not 0 <= value <= float(LARGEST):
-            raise self.fail(f"{key} is {_short(value)} where a number is expected")
+            raise self.fail(f"{key} is {short(value)} where a number is expected")
         return float(value)
 
     def text(self, key: str) -> str:
         """A string."""
         value = self._member(key)
         if not isinstance(value, str):
-            raise self.fail(f"{key} is {_short(value)} where a string is expected")
+            raise self.fail(f"{key} is {short(value)} where a string is expected")
         return value
 
     def texts(self, key: str) -> list[str]:
         """A list of strings."""
         values = self._list(key)
-        if not all(isinstance(value, str) for value in values):
-            raise self.fail(f"{key} is {_short(values)} where a list of strings is expected")
+        if not set(map(type, values)) <= {str}:
+            raise self.fail(f"{key} is {short(values)} where a list of strings is expected")
+        return values
+
+    def optional_texts(self, key: str) -> list[str | None]:
+        """A list of strings and nulls."""
+        values = self._list(key)
+        if not set(map(type, values)) <= {str, type(None)}:
+            raise self.fail(f"{key} is {short(values)} where a list of strings and nulls is expected")
         return values
 
     def optional_text(self, key: str) -> str | None:
@@ -119,42 +146,60 @@ class Fields:
         """An xxh3-128 checksum: 32 lower-case hex digits."""
         value = self.text(key)
         if len(value) != 32 or not set(value) <= set("0123456789abcdef"):
-            raise self.fail(f"{key} is {_short(value)} where a checksum is expected")
+            raise self.fail(f"{key} is {short(value)} where a checksum is expected")
         return value
 
     def mapping(self, key: str) -> dict[str, Any]:
         """An object."""
         value = self._member(key)
         if not isinstance(value, dict):
-            raise self.fail(f"{key} is {_short(value)} where an object is expected")
+            raise self.fail(f"{key} is {short(value)} where an object is expected")
         return value
+
+    def object(self, key: str, *members: str) -> Fields:
+        """An object that has no other members than these."""
+        value = self.mapping(key)
+        for other in value.keys() - set(members):
+            raise self.fail(f"{key} has a member {short(other)}, which is unknown")
+        return Fields(value, self.file, self.tensor)
 
     def objects(self, key: str) -> Iterator[Fields]:
         """A list of objects."""
         for value in self._list(key):
             if not isinstance(value, dict):
-                raise self.fail(f"{key} holds {_short(value)} where an object is expected")
+                raise self.fail(f"{key} holds {short(value)} where an object is expected")
             yield Fields(value, self.file, self.tensor)
 
     def expect(self, key: str, value: Any) -> None:
         """The member must be exactly `value`."""
         found = self._member(key)
         if type(found) is not type(value) or found != value:
-            raise self.fail(f"{key} is {_short(found)} where {value!r} is expected")
+            raise self.fail(f"{key} is {short(found)} where {value!r} is expected")
 
     def _member(self, key: str) -> Any:
         if key not in self.data:
             raise self.fail(f"it lacks {key}")
         return self.data[key]
 
+    def _column(self, key: str, values: list[Any]) -> Column:
+        """The values, which must be counts: a bool is none, whatever Python says."""
+        if set(map(type, values)) <= {int}:
+            with suppress(OverflowError):
+                column: Column = np.fromiter(values, np.int64, len(values))
+                if not values or column.min() >= 0:
+                    return column
+        strange = next(value for value in values if type(value) is not int or not 0 <= value <= LARGEST)
+        raise self.fail(f"{key} holds {short(strange)} where a count is expected")
+
     def _list(self, key: str) -> list[Any]:
         value = self._member(key)
         if not isinstance(value, list):
-            raise self.fail(f"{key} is {_short(value)} where a list is expected")
+            raise self.fail(f"{key} is {short(value)} where a list is expected")
         return value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The value in at most 60 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python prints

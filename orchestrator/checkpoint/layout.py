@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ITEM_BYTES = {
@@ -140,9 +142,23 @@ class Chunk:
         )
 
 
+class LazyChunks(Sequence[Chunk]):
+    """Chunks of one tensor that are made when asked for: where there are a million, a reader needs few."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def touching(self, wanted: Box) -> Iterable[Chunk]:
+        """Those that share an element with `wanted`, which is not empty, in order."""
+
+    @abstractmethod
+    def flaw(self, shape: tuple[int, ...]) -> str | None:
+        """Why they do not hold every element of a tensor of this shape exactly once, as `reshard.flaw` says it."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """One whole tensor as a list of chunks, which may repeat a box (replicas) but never overlap in part."""
+    """One whole tensor as a sequence of chunks, which may repeat a box (replicas) but never overlap in part."""
 
     name: str
     parameter: str
@@ -150,8 +166,8 @@ class LogicalTensor:
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-    others: tuple[tuple[Chunk, ...], ...] = ()
+    chunks: Sequence[Chunk]
+    others: tuple[Sequence[Chunk], ...] = ()
     """Further copies of the whole tensor, from ranks that hold it too."""
     average: bool = False
     """The tensor is the mean of `chunks` and all `others`; otherwise `others` should equal `chunks`."""

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.checkpoint.layout import Box, Chunk
+from orchestrator.checkpoint.layout import Box, Chunk, LazyChunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def plan_copies(wanted: Box, chunks: Iterable[Chunk]) -> CopyPlan:
         return CopyPlan((), ())
     copies: list[Copy] = []
     remaining = [wanted]
-    for chunk in chunks:
+    for chunk in chunks.touching(wanted) if isinstance(chunks, LazyChunks) else chunks:
         if not remaining:
             break
         if intersect(wanted, chunk.box) is None:
@@ -112,6 +112,11 @@ def flaw(shape: tuple[int, ...], boxes: Iterable[Box]) -> str | None:
     for box in distinct:
         remaining = [rest for one in remaining for rest in _without(one, box)]
     return f"no chunk holds {', '.join(map(str, remaining[:3]))}"
+
+
+def flaw_of(shape: tuple[int, ...], chunks: Iterable[Chunk]) -> str | None:
+    """As `flaw`, of the boxes of these chunks."""
+    return chunks.flaw(shape) if isinstance(chunks, LazyChunks) else flaw(shape, (chunk.box for chunk in chunks))
 
 
 def _without(box: Box, other: Box) -> Iterable[Box]:

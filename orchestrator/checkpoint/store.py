@@ -28,7 +28,7 @@ from orchestrator.checkpoint.manifest import (
     part_name,
 )
 from orchestrator.checkpoint.parts import load_manifest, load_parts, merge_parts, read_part
-from orchestrator.checkpoint.reshard import flaw
+from orchestrator.checkpoint.reshard import flaw_of
 from orchestrator.checkpoint.root import create_root, list_root, parse_root
 from orchestrator.core.errors import CheckpointError, CorruptCheckpoint, InvalidInput, Refused
 
@@ -172,7 +172,7 @@ def _check_parts(directory: Path, step: int, generation: int, entries: tuple[Par
 def check_coverage(directory_name: str, tensors: Collection[LogicalTensor]) -> None:
     """Raises `CorruptCheckpoint` unless every element of every tensor is in exactly one chunk (or replicas of one)."""
     for tensor in tensors:
-        reason = flaw(tensor.shape, (chunk.box for chunk in tensor.chunks))
+        reason = flaw_of(tensor.shape, tensor.chunks)
         if reason is not None:
             raise corrupt(f"{directory_name}/{MANIFEST}", reason, tensor.name)
 

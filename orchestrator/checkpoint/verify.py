@@ -7,6 +7,7 @@ proof is that all elements are there, once, and can be read.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from orchestrator.checkpoint.files import Files, LocalFiles, folder_name, read_b
 from orchestrator.checkpoint.formats import open_checkpoint, universal
 from orchestrator.checkpoint.layout import LogicalTensor
 from orchestrator.checkpoint.manifest import MANIFEST, PartManifest, data_name
+from orchestrator.checkpoint.part_tensors import PartTensor
 from orchestrator.checkpoint.parts import load_manifest, load_parts, merge_parts
-from orchestrator.checkpoint.reshard import flaw
+from orchestrator.checkpoint.reshard import flaw_of
 from orchestrator.checkpoint.root import checkpoint_directory, parse_root
 from orchestrator.checkpoint.store import check_coverage
 from orchestrator.checkpoint.stream import Progress
@@ -64,7 +66,7 @@ def verify(root: str | Path, path: str, *, threads: int = 2) -> Verified:
 
 def _check_native(files: Files, threads: int, progress: Progress = lambda count: None) -> tuple[int, int]:
     """Re-read a native checkpoint; returns its logical tensors and the bytes read."""
-    parts = load_parts(files, load_manifest(files))
+    parts = list(load_parts(files, load_manifest(files)))
     name = folder_name(files)
     tensors = merge_parts(name, parts)
     check_coverage(name, tensors.values())
@@ -81,7 +83,7 @@ def _check_replicas(name: str, tensor: LogicalTensor) -> None:
             raise corrupt(f"{name}/{MANIFEST}", f"the replicas of chunk {chunk.box} differ", tensor.name)
 
 
-def _check_file(files: Files, part: PartManifest, progress: Progress) -> int:
+def _check_file(files: Files, part: PartManifest[Sequence[PartTensor]], progress: Progress) -> int:
     ranges = [_Range(0, part.header_bytes, part.header_digest, None, "the header")]
     ranges += [
         _Range(chunk.begin, chunk.end, chunk.digest, tensor.name, f"chunk {chunk.box}")
@@ -125,7 +127,7 @@ def prove(view: UniversalView) -> None:
     """Raises `CorruptCheckpoint` unless every element of every tensor is held exactly once, in each of its copies."""
     for tensor in view.tensors.values():
         for chunks in (tensor.chunks, *tensor.others):
-            reason = flaw(tensor.shape, (chunk.box for chunk in chunks))
+            reason = flaw_of(tensor.shape, chunks)
             if reason is not None:
                 file = next((chunk.file for chunk in chunks if chunk.file), None)
                 raise corrupt(view.files.label(file) if file else view.files.location, reason, tensor.name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import recovery
-from tests.bench.checkpoint import distributed, native, universal
+from tests.bench.checkpoint import distributed, manifests, native, universal
 from tests.bench.planner import search
 from tests.bench.simulation import study
 
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "checkpoint": checkpoint,
     "checkpoint-universal": universal.measure,
     "checkpoint-distributed": distributed.measure,
+    "checkpoint-manifests": manifests.measure,
     "planner": search.measure,
     "recovery": recovery.measure,
     "simulation": study.measure,

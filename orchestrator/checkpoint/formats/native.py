@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ from orchestrator.checkpoint.location import files_at
 from orchestrator.checkpoint.manifest import (
     MANIFEST,
     Manifest,
-    PartChunk,
     PartManifest,
-    PartTensor,
     data_name,
     digest_of,
     directory_name,
@@ -33,6 +31,7 @@ from orchestrator.checkpoint.manifest import (
     parse_directory_name,
     part_name,
 )
+from orchestrator.checkpoint.part_tensors import PartChunk, PartTensor, PartTensors
 from orchestrator.checkpoint.parts import load_manifest, load_parts, merge_parts
 from orchestrator.checkpoint.root import checkpoint_directory, create_root, parse_root, require_space
 from orchestrator.checkpoint.store import require_fence
@@ -58,14 +57,16 @@ def open_view(root: str | Path, path: str) -> UniversalView:
 
 
 def _view(files: Files, manifest: Manifest) -> UniversalView:
-    parts = load_parts(files, manifest)
-    return UniversalView(
-        files,
-        step=manifest.step,
-        generation=manifest.generation,
-        state=merge_states([part.state for part in parts]),
-        tensors=merge_parts(folder_name(files), parts),
-    )
+    states: list[dict[str, Any]] = []
+
+    def parts() -> Iterator[PartManifest[PartTensors]]:
+        for part in load_parts(files, manifest):
+            states.append(part.state)
+            yield part
+
+    tensors = merge_parts(folder_name(files), parts())
+    step, generation = manifest.step, manifest.generation
+    return UniversalView(files, step=step, generation=generation, state=merge_states(states), tensors=tensors)
 
 
 def recognise(files: Files) -> bool:

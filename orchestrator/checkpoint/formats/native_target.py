@@ -10,15 +10,14 @@ from pathlib import Path
 from orchestrator.checkpoint.durable import write_synced
 from orchestrator.checkpoint.layout import Box, LogicalTensor
 from orchestrator.checkpoint.manifest import (
-    PartChunk,
     PartManifest,
-    PartTensor,
     data_name,
     digest_of,
     directory_name,
     encode_part,
     part_name,
 )
+from orchestrator.checkpoint.part_tensors import PartChunk, PartTensor
 from orchestrator.checkpoint.root import create_root
 from orchestrator.checkpoint.safetensors_layout import Wanted, safetensors_file
 from orchestrator.checkpoint.store import commit, fenced
@@ -82,7 +81,7 @@ def _share(shape: tuple[int, ...], rank: int, ranks: int) -> Box | None:
 
 def _part(
     view: UniversalView, generation: int, rank: int, ranks: int, output: OutputFile, digests: Digests
-) -> PartManifest:
+) -> PartManifest[tuple[PartTensor, ...]]:
     header = output.literals[0][1]
     chunks: dict[str, list[PartChunk]] = {name: [] for name in view.tensors}
     for segment in output.segments:

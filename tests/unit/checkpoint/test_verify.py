@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,7 +150,7 @@ def test_a_renamed_checkpoint(tmp_path: Path) -> None:
         verify(tmp_path, "step-00000050-gen-0003")
 
 
-def rewrite(folder: Path, rank: int, change: Callable[[dict[str, object]], None]) -> None:
+def rewrite(folder: Path, rank: int, change: Callable[[dict[str, Any]], None]) -> None:
     """Edit a part manifest and put the right checksums over it: what only an attacker or a bug of ours would do."""
     path = folder / f"part-{rank:05d}.json"
     data = json.loads(path.read_bytes())
@@ -178,9 +179,21 @@ def test_a_part_manifest_out_of_place(tmp_path: Path, key: str, value: int, word
         verify(tmp_path, NAME)
 
 
+def taller(data: dict[str, Any]) -> None:
+    """`w` has a row more, its moment does not."""
+    data["forms"]["shape"][0] = [9, 6]
+
+
+def moved(data: dict[str, Any]) -> None:
+    """`w`'s rows are at another place, its moment's are where they were."""
+    data["boxes"]["offsets"].append([3, 0])
+    data["boxes"]["sizes"].append([4, 6])
+    data["chunks"]["box"][0] = len(data["boxes"]["sizes"]) - 1
+
+
 def test_a_tensor_that_ranks_disagree_about(tmp_path: Path) -> None:
     save(tmp_path)
-    rewrite(tmp_path / NAME, 1, lambda data: data["tensors"][0].update(shape=[9, 6]))  # type: ignore[index]
+    rewrite(tmp_path / NAME, 1, taller)
     with pytest.raises(
         CorruptCheckpoint, match=r"part-00001\.json is corrupt at tensor w: it is a parameter of F32 \[9"
     ):
@@ -189,7 +202,7 @@ def test_a_tensor_that_ranks_disagree_about(tmp_path: Path) -> None:
 
 def test_chunks_that_overlap_in_part(tmp_path: Path) -> None:
     save(tmp_path)
-    rewrite(tmp_path / NAME, 1, lambda data: data["tensors"][0]["chunks"][0].update(offsets=[3, 0]))  # type: ignore[index]
+    rewrite(tmp_path / NAME, 1, moved)
     with pytest.raises(CorruptCheckpoint, match=r"at tensor w: chunks \[0:4, 0:6\] and \[3:7, 0:6\] overlap"):
         verify(tmp_path, NAME)
 
@@ -197,7 +210,7 @@ def test_chunks_that_overlap_in_part(tmp_path: Path) -> None:
 def test_elements_that_nobody_holds(tmp_path: Path) -> None:
     save(tmp_path)
     for rank in (0, 1):
-        rewrite(tmp_path / NAME, rank, lambda data: data["tensors"][0].update(shape=[9, 6]))  # type: ignore[index]
+        rewrite(tmp_path / NAME, rank, taller)
     with pytest.raises(CorruptCheckpoint, match=r"manifest\.json is corrupt at tensor w: no chunk holds \[8:9, 0:6\]"):
         verify(tmp_path, NAME)
 
