@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -303,3 +305,23 @@ def test_clipping_on_one_rank_is_torchs(sessions: list[Session]) -> None:
         torch.testing.assert_close(norm, expected)
         for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, other.grad)
+
+
+SCRIPT = """
+import atexit, sys
+import torch.distributed as dist
+from orchestrator.trainer import Session
+atexit.register(lambda: print("left" if not dist.is_initialized() else "stayed"))
+session = Session()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [("", 0, "left"), ("sys.exit(3)", 3, "left"), ("raise ValueError('no')", 1, "stayed")],
+)
+def test_a_script_that_ends_leaves_the_group_before_the_interpreter_goes(end: str, code: int, said: str) -> None:
+    """A thread of gloo that is still busy then would abort the process. After an exception it may wait for peers."""
+    command = [sys.executable, "-c", SCRIPT + end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout.strip()) == (code, said), done.stderr
