@@ -280,7 +280,8 @@ def check_tensors(entry: Entry, files: Files, found: Outcome, attacked: bool) ->
     if attacked:
         return  # under checksums of his own he may say what he likes
     said = any(name.endswith("metadata.json") and files[name] == entry.files.get(name) for name in files)
-    if entry.name == "megatron-dist" and not any(name.endswith("common.pt") for name in files) and not said:
+    there = any(name.endswith("common.pt") for name in files.keys() & entry.files)  # not moved to another iteration
+    if entry.name == "megatron-dist" and not there and not said:
         return
     if entry.name == "megatron-distributed" and not any(name.endswith("distrib_optim.pt") for name in files):
         return  # saved without an optimizer, as far as anyone can tell
