@@ -1,7 +1,8 @@
-"""Runs every benchmark and prints one JSON object, also written to `build/bench.json`."""
+"""Runs benchmarks, all or those named, and prints one JSON object, also written to `build/bench.json`."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -33,7 +34,12 @@ BENCHMARKS = {
 }
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; without, all")
+    names = parser.parse_args().names
+    if unknown := set(names) - BENCHMARKS.keys():
+        parser.error(f"there is no benchmark {min(unknown)!r}: choose among {', '.join(BENCHMARKS)}")
     results = {}
     for name in names or list(BENCHMARKS):
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -45,4 +51,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
