@@ -49,6 +49,7 @@ class Row:
     micro_batch: int | None = None
     cp: int = 1
     ep: int | None = 1
+    """None as with `pp`: of the sizes that divide experts and ranks."""
     dp_shard: int | None = None
     """None = all data-parallel ranks."""
     zero: int | None = 1

@@ -322,6 +322,6 @@ class Session:
 
 
 def _leave(channel: Channel) -> None:
-    """At exit, maybe after an exception: must not wait for peers, so the process group is left alone."""
+    """At exit, maybe after an exception: must not wait for peers. (`world` leaves the group.)"""
     channel.flush(FLUSH_S)
     channel.close()
